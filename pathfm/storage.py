@@ -1,0 +1,95 @@
+"""Files that appear whole or not at all, where they live, and a progress bar that keeps stored output clean."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pathfm.errors import InputError
+
+
+def checkout() -> Path | None:
+    """The repository this package runs from, or None where it was installed as a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
+
+
+def cache_dir() -> Path:
+    """Where products that can be made again are kept: $PATHFM_CACHE, <checkout>/runs/cache or ~/.cache/pathfm."""
+    if os.environ.get("PATHFM_CACHE"):
+        return Path(os.environ["PATHFM_CACHE"]).expanduser()
+    root = checkout()
+    return root / "runs" / "cache" if root else Path.home() / ".cache" / "pathfm"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, moved onto it when the block succeeds and removed when it does not.
+
+    Raises InputError when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    # The suffix stays last: writers such as tifffile and imageio go by it.
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise _explained(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """An open file that replaces `path` when the block succeeds; see `atomic_path`."""
+    with atomic_path(path) as partial, open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+
+
+def _explained(error: OSError, path: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"no space left while writing {path}; free some and run again (nothing half-written is left)")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written")
+    return error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON, whole or not at all."""
+    with atomic(path, "w") as file:
+        json.dump(value, file, indent=2, default=str)
+        file.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON in `path`. Raises InputError where it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); delete it and make it again") from None
+
+
+def progress(items: Iterable, desc: str | None = None, total: int | None = None, unit: str = "it") -> Iterable:
+    """`items` behind a bar on stderr, in a terminal or with PATHFM_PROGRESS=1; without one elsewhere.
+
+    Stored notebook output holds no bars, so a kernel shows one only on request.
+    """
+    from tqdm import tqdm
+
+    wanted = os.environ.get("PATHFM_PROGRESS")
+    quiet = not sys.stderr.isatty() if wanted is None else wanted == "0"
+    return tqdm(items, desc=desc, total=total, unit=unit, disable=quiet, mininterval=0.5, dynamic_ncols=True)
