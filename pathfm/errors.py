@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint to append to an InputError about an unknown `name`: the closest of `choices`, and all of them."""
+    """A hint to append to an InputError about an unknown `name`: the closest choice, and all of them."""
     known = sorted(str(choice) for choice in choices)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
