@@ -60,9 +60,7 @@ def atomic(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 def _explained(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(
-            f"no space left while writing {path}; free some and run again (nothing half-written is left)"
-        )
+        return InputError(f"no space left while writing {path}; free some and run again (nothing half-written is left)")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written")
     return error
@@ -85,9 +83,7 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} is not JSON ({error}); delete it and make it again") from None
 
 
-def progress(
-    items: Iterable, desc: str | None = None, total: int | None = None, unit: str = "it"
-) -> Iterable:
+def progress(items: Iterable, desc: str | None = None, total: int | None = None, unit: str = "it") -> Iterable:
     """`items` behind a bar on stderr, in a terminal or with PATHFM_PROGRESS=1; without one elsewhere.
 
     Stored notebook output holds no bars, so a kernel shows one only on request.

@@ -1,0 +1,204 @@
+"""python -m pathfm <verb>: one dataclass is one command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+
+from pathfm.errors import InputError
+
+MPP = (0.25, 0.5, 1.0, 2.0)
+
+
+def setting(default: object, help: str) -> typing.Any:
+    """A dataclass field with its one line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Run:
+    """run every notebook in order, headless: executed notebooks under runs/, figures under figures/"""
+
+    profile: str = setting("smoke", "parameter set in notebooks/profiles.yaml: smoke or demo")
+    cohort: str = setting("", "a cohort.csv of your slides; the embedded synthetic cohort when empty")
+    out: str = setting("", "folder of the executed notebooks; runs/<date>-<profile> when empty")
+
+    def __call__(self) -> None:
+        from pathfm.runs import run_study
+
+        run_study(self.profile, self.cohort, self.out or None)
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """run one notebook with parameters given as JSON, refusing any that it does not declare"""
+
+    notebook: str
+    output: str
+    parameters: str = "{}"
+
+    def __call__(self) -> None:
+        from pathfm.runs import execute
+
+        try:
+            parameters = json.loads(self.parameters)
+        except json.JSONDecodeError as error:
+            raise InputError(f"parameters are not JSON ({error}); write them like '{{\"steps\": 50}}'") from None
+        execute(self.notebook, self.output, parameters)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """run the missing points of sweeps/<name>.yaml and write results/<name>.csv"""
+
+    name: str
+    workers: int = setting(0, "points at a time; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathfm.runs import write_results
+        from pathfm.sweeps import sweep
+
+        print(write_results(self.name, sweep(self.name, workers=self.workers or None)))
+
+
+@dataclass(frozen=True)
+class MakeCohort:
+    """draw a synthetic cohort, or finish one that was interrupted, and print its cohort.csv"""
+
+    name: str = setting("embedded", "embedded, study or bags")
+    folder: str = setting("", "where; the cache when empty")
+    seed: int = setting(0, "same seed, same bytes")
+    workers: int = setting(0, "processes; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathlib import Path
+
+        from pathfm.synthetic import make_cohort
+
+        cohort = make_cohort(self.name, self.folder or None, seed=self.seed, workers=self.workers or None)
+        print(Path(cohort.table.path.iloc[0]).parent / "cohort.csv")
+
+
+@dataclass(frozen=True)
+class Index:
+    """index a cohort of slides: geometry, tissue masks, what cannot be read and why"""
+
+    cohort: str
+    folder: str = setting("", "where the index is kept; the cache when empty")
+    workers: int = setting(0, "processes; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathfm import Cohort, SlideIndex
+
+        index = SlideIndex.build(Cohort.read(self.cohort), self.folder or None, workers=self.workers or None)
+        shown = ["slide_id", "status", "reason", "width_px", "height_px", "mpp", "tissue_mm2"]
+        print(index.slides[shown].round(2).to_string(index=False))
+        print(index.folder)
+
+
+def pretrain(config: typing.Any, cohort: str, folder: str) -> None:
+    """pretrain a backbone with DINO from the slides of a cohort; continues a run that was interrupted"""
+    from pathfm import Cohort, SlideIndex, TileStream
+    from pathfm.pretrain import pretrain as train
+
+    index = SlideIndex.build(_pretraining_slides(Cohort.read(cohort)))
+    stream = TileStream(index, tile_px=config.tile_px, mpp=config.mpp, min_tissue=config.min_tissue, seed=config.seed)
+    run = train(config, stream, folder=folder)
+    print(run.folder)
+
+
+def _pretraining_slides(cohort: typing.Any) -> typing.Any:
+    # Test tissue seen in pretraining would be transductive, so roles are kept wherever a cohort has them.
+    return cohort.subset("role == 'pretrain'") if "role" in cohort.table else cohort
+
+
+VERBS = {"run": Run, "notebook": Notebook, "sweep": Sweep, "cohort": MakeCohort, "index": Index}
+
+
+def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
+    """A field without default is a positional argument, one with a default an option of its own type."""
+    hints = typing.get_type_hints(settings)
+    for item in dataclasses.fields(settings):
+        if item.default is dataclasses.MISSING:
+            parser.add_argument(item.name)
+            continue
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            dest=item.name,
+            type=_reader(hints[item.name], item.default),
+            default=item.default,
+            help=f"{item.metadata.get('help', '')} ({item.default!r})".replace("%", "%%").strip(),
+        )
+
+
+def _reader(hint: typing.Any, default: object) -> typing.Callable[[str], object]:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if bool in kinds:
+        return _truth
+    if tuple in kinds or any(typing.get_origin(kind) is tuple for kind in kinds):
+        return lambda text: tuple(_number(part) for part in text.split(",")) if "," in text else _number(text)
+    return type(default) if default is not None else str
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of every verb. `pretrain` and the probe import torch only when they are asked for."""
+    parser = argparse.ArgumentParser("pathfm", description="Pathology foundation models, and which choices matter.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    for name, settings in VERBS.items():
+        add_fields(verbs.add_parser(name, help=settings.__doc__, description=settings.__doc__), settings)
+    verbs.add_parser("pretrain", help=pretrain.__doc__, add_help=False)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb. Bad input ends with one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["pretrain"]:
+            _pretrain(arguments[1:])
+        else:
+            given = vars(command_line().parse_args(arguments))
+            VERBS[given.pop("verb")](**given)()
+    except InputError as error:
+        print(f"pathfm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pathfm: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _pretrain(arguments: list[str]) -> None:
+    from pathfm.pretrain import PretrainConfig
+
+    parser = argparse.ArgumentParser("pathfm pretrain", description=pretrain.__doc__)
+    parser.add_argument("cohort", help="a cohort.csv; slides whose role is not 'pretrain' are left out")
+    parser.add_argument("folder", help="the run folder, new or interrupted")
+    add_fields(parser, PretrainConfig)
+    given = vars(parser.parse_args(arguments))
+    cohort, folder = given.pop("cohort"), given.pop("folder")
+    pretrain(PretrainConfig(**given), cohort, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

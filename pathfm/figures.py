@@ -1,0 +1,115 @@
+"""How figures look and where they go: one style, one palette, a scale bar, `show`."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pathfm.errors import InputError, nearest
+from pathfm.storage import atomic, checkout
+
+# One colour a tissue class, from Okabe and Ito's and Tol's colour-blind-safe palettes, dark for what stains dark.
+CLASS_COLOURS = {
+    "tumour": "#882255",
+    "normal": "#0072B2",
+    "stroma": "#CC79A7",
+    "muscle": "#D55E00",
+    "lymphocytes": "#332288",
+    "adipose": "#E6C229",
+    "mucus": "#56B4E9",
+    "necrosis": "#6B6B6B",
+}
+# One colour a method or set of features, everywhere.
+METHOD_COLOURS = {
+    "chance": "#BBBBBB",
+    "metadata alone": "#999999",
+    "colour mean and spread": "#E6C229",
+    "colour histogram": "#E69F00",
+    "colour + LBP": "#D55E00",
+    "random weights": "#56B4E9",
+    "pretrained": "#0072B2",
+    "oracle": "#009E73",
+}
+PALETTE = {**CLASS_COLOURS, **METHOD_COLOURS}
+MPP_COLOURS = {0.25: "#0072B2", 0.5: "#009E73", 1.0: "#E69F00", 2.0: "#D55E00"}
+
+
+def colour(name: str) -> str:
+    """The fixed colour of a class or method. Raises InputError for a name without one."""
+    if name not in PALETTE:
+        raise InputError(f"no colour is fixed for '{name}'.{nearest(name, PALETTE)}")
+    return PALETTE[name]
+
+
+def use_style() -> None:
+    """The style of every figure here (pathfm.mplstyle), for notebooks and scripts."""
+    plt.style.use(Path(__file__).with_name("pathfm.mplstyle"))
+
+
+def figures_dir() -> Path:
+    """$PATHFM_FIGURES, else figures/ of the checkout, else figures/ of the working folder."""
+    if os.environ.get("PATHFM_FIGURES"):
+        return Path(os.environ["PATHFM_FIGURES"]).expanduser()
+    return (checkout() or Path.cwd()) / "figures"
+
+
+def save(fig: Figure, name: str, folder: str | Path | None = None, dpi: int | None = None) -> Path:
+    """Writes <folder>/<name>.svg and .png and returns the PNG's path. Same figure, same bytes."""
+    folder = Path(folder) if folder else figures_dir()
+    # A date in the metadata would change the file at every run.
+    with atomic(folder / f"{name}.svg") as file:
+        fig.savefig(file, format="svg", metadata={"Date": None}, dpi=dpi)
+    with atomic(folder / f"{name}.png") as file:
+        fig.savefig(file, format="png", metadata={"Software": None}, dpi=dpi)
+    return folder / f"{name}.png"
+
+
+def show(fig: Figure, name: str, dpi: int | None = None) -> None:
+    """Saves the figure under `name` and displays it as a PNG of modest size in the notebook."""
+    from IPython.display import Image, display
+
+    save(fig, name, dpi=dpi)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    plt.close(fig)
+    display(Image(data=buffer.getvalue()))
+
+
+def scale_bar(ax: Axes, um_per_px: float, length_um: float | None = None, colour: str = "black") -> None:
+    """A bar of `length_um` microns in the lower left of an image axis, labelled.
+
+    um_per_px  microns per displayed data unit (image pixel)
+    length_um  a round length near a fifth of the width where none is given
+    """
+    width_px = abs(ax.get_xlim()[1] - ax.get_xlim()[0])
+    height_px = abs(ax.get_ylim()[1] - ax.get_ylim()[0])
+    length_um = length_um or round_length(width_px * um_per_px / 5)
+    length_px = length_um / um_per_px
+    left, low = min(ax.get_xlim()) + 0.04 * width_px, max(ax.get_ylim()) - 0.05 * height_px
+    label = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    box = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
+    ax.plot([left, left + length_px], [low, low], color=colour, lw=2.2, solid_capstyle="butt")
+    ax.text(left, low - 0.03 * height_px, label, color=colour, fontsize=7, va="bottom", ha="left", bbox=box)
+
+
+def round_length(um: float) -> float:
+    """The largest of 1, 2, 5 times a power of ten not above `um`."""
+    power = 10.0 ** math.floor(math.log10(um))
+    return max(step * power for step in (1, 2, 5) if step * power <= um * (1 + 1e-9))
+
+
+def image(ax: Axes, pixels, um_per_px: float | None = None, title: str | None = None) -> Axes:
+    """An image without axes, with a scale bar where its physical scale is known."""
+    ax.imshow(pixels)
+    ax.set_axis_off()
+    if um_per_px:
+        scale_bar(ax, um_per_px)
+    if title:
+        ax.set_title(title, fontsize=8)
+    return ax

@@ -1,0 +1,105 @@
+"""A sweep: one YAML in sweeps/, one notebook, a grid of its parameters; resumable, one row a point."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pathfm.errors import InputError, nearest
+from pathfm.runs import Scalar, check_parameters, declared_parameters, notebooks_dir
+from pathfm.storage import progress, read_json, write_json
+
+
+def read_sweep(name: str | Path) -> dict[str, Any]:
+    """A sweep file: notebook, base parameters, grid (name -> list of values), question and primary contrast."""
+    import yaml
+
+    path = Path(name) if Path(name).suffix else notebooks_dir().parent / "sweeps" / f"{name}.yaml"
+    if not path.is_file():
+        known = [p.stem for p in (notebooks_dir().parent / "sweeps").glob("*.yaml")]
+        raise InputError(f"no sweep '{name}'.{nearest(Path(name).stem, known)}")
+    spec = yaml.safe_load(path.read_text())
+    missing = {"notebook", "grid", "question", "primary_contrast"} - spec.keys()
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(sorted(missing))}; see the other files in sweeps/")
+    return {"base": {}, **spec, "name": path.stem}
+
+
+def sweep_points(spec: dict[str, Any]) -> list[dict[str, Scalar]]:
+    """Every combination of the grid, in the order written."""
+    return [dict(zip(spec["grid"], values, strict=True)) for values in itertools.product(*spec["grid"].values())]
+
+
+def sweep(name: str | Path, folder: str | Path | None = None, workers: int | None = None, **override: Scalar):
+    """Runs the missing points of a sweep and returns one row a point: grid values, metrics, seconds.
+
+    folder    holds one run folder a point (params.json, metrics.json, notebook.ipynb); runs/sweeps/<name> where None
+    workers   points at a time, one thread each; the number of cores where None
+    override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
+
+    A point is finished when its metrics are there; a killed sweep goes on where it stopped. A failing point does
+    not stop the others and is raised at the end. Raises InputError for a parameter the notebook does not declare.
+    """
+    import pandas as pd
+
+    spec = read_sweep(name)
+    base = {**spec["base"], **override}
+    points = sweep_points(spec)
+    for point in points:
+        check_parameters(spec["notebook"], {**base, **point})
+    root = Path(folder) if folder else notebooks_dir().parent / "runs" / "sweeps" / spec["name"]
+    folders = [root / _identity(spec["notebook"], {**base, **point}) for point in points]
+    missing = [pair for pair in zip(points, folders, strict=True) if not (pair[1] / "metrics.json").exists()]
+    failures = _run_points(spec["notebook"], base, missing, workers)
+    if failures:
+        raise InputError(f"{len(failures)} of {len(points)} points stopped:\n  " + "\n  ".join(failures))
+    rows = [{**point, **read_json(path / "metrics.json")} for point, path in zip(points, folders, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def _run_points(notebook: str, base: dict, points: list[tuple[dict, Path]], workers: int | None) -> list[str]:
+    # Each point is a process of its own: papermill starts a kernel, and its event loop wants the main thread.
+    if not points:
+        return []
+    workers = min(workers or os.cpu_count() or 1, len(points))
+    failures = []
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(_run_point, notebook, {**base, **point}, path): point for point, path in points}
+        for job in progress(concurrent.futures.as_completed(jobs), desc="sweep", total=len(jobs), unit="point"):
+            if message := job.result():
+                failures.append(f"{jobs[job]}: {message}")
+    return failures
+
+
+def _run_point(notebook: str, parameters: dict, folder: Path) -> str:
+    """Runs one point in a process; returns what went wrong, or an empty string."""
+    parameters = {**parameters, "run": str(folder)}
+    write_json(folder / "params.json", parameters)
+    command = [sys.executable, "-m", "pathfm", "notebook", str(notebook), str(folder / "notebook.ipynb")]
+    env = {
+        **os.environ,
+        "PATHFM_FIGURES": str(folder / "figures"),
+        "PATHFM_PROGRESS": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run([*command, json.dumps(parameters)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+    return "" if (folder / "metrics.json").exists() else f"{notebook} recorded no metrics"
+
+
+def _identity(notebook: str, parameters: dict) -> str:
+    """A folder name from all parameters and from the code that reads them, so that a stale result is never reused."""
+    from pathfm.synthetic import generator_hash
+
+    code = hashlib.sha256(json.dumps(declared_parameters(notebook), sort_keys=True).encode())
+    code.update(json.dumps(parameters, sort_keys=True).encode())
+    code.update(generator_hash().encode())
+    return code.hexdigest()[:12]
