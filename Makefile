@@ -46,9 +46,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
 
 notebooks: $(READY)
-	for book in notebooks/[0-9]*.ipynb; do echo $$book; \
-	  $(BIN)/python -m pathfm notebook $$book runs/stored/$$(basename $$book) && \
-	  $(BIN)/python tests/store_notebook.py runs/stored/$$(basename $$book) $$book || exit 1; done
+	$(BIN)/python -m pathfm store
 
 sweep: $(READY)
 	PATHFM_PROGRESS=1 $(BIN)/python -m pathfm sweep $(NAME)

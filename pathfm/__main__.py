@@ -53,6 +53,19 @@ class Notebook:
 
 
 @dataclass(frozen=True)
+class Store:
+    """run notebooks at their defaults and store the outputs in place, for nbval to compare with"""
+
+    notebook: str = setting("", "such as 03_pretraining; every notebook when empty")
+
+    def __call__(self) -> None:
+        from pathfm.runs import notebooks_dir, store
+
+        for name in [self.notebook] if self.notebook else sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb")):
+            print(store(name))
+
+
+@dataclass(frozen=True)
 class Sweep:
     """run the missing points of sweeps/<name>.yaml and write results/<name>.csv"""
 
@@ -68,9 +81,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class MakeCohort:
-    """draw a synthetic cohort, or finish one that was interrupted, and print its cohort.csv"""
+    """draw a synthetic cohort (embedded, study, bags), or finish an interrupted one; prints its cohort.csv"""
 
-    name: str = setting("embedded", "embedded, study or bags")
+    name: str
     folder: str = setting("", "where; the cache when empty")
     seed: int = setting(0, "same seed, same bytes")
     workers: int = setting(0, "processes; the number of cores when 0")
@@ -117,7 +130,7 @@ def _pretraining_slides(cohort: typing.Any) -> typing.Any:
     return cohort.subset("role == 'pretrain'") if "role" in cohort.table else cohort
 
 
-VERBS = {"run": Run, "notebook": Notebook, "sweep": Sweep, "cohort": MakeCohort, "index": Index}
+VERBS = {"run": Run, "notebook": Notebook, "store": Store, "sweep": Sweep, "cohort": MakeCohort, "index": Index}
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:

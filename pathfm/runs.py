@@ -257,3 +257,20 @@ def write_results(name: str, table) -> Path:
     with atomic(path, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
     return path
+
+
+def store(name: str | Path) -> Path:
+    """Runs a notebook at its defaults and stores its outputs in place, without papermill's notes and times."""
+    import nbformat
+
+    path = notebook_path(name)
+    executed = execute(path, notebooks_dir().parent / "runs" / "stored" / path.name, env={"PATHFM_PROGRESS": "0"})
+    book = nbformat.read(executed, as_version=4)
+    book.metadata = {key: book.metadata[key] for key in ("kernelspec", "language_info") if key in book.metadata}
+    book.metadata["language_info"] = {"name": "python"}
+    for cell in book.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = {"tags": tags} if tags else {}
+    with atomic(path, "w") as file:
+        nbformat.write(book, file)
+    return path
