@@ -1,0 +1,40 @@
+"""What the student is asked for, and how the teacher's answers are kept from collapsing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of each student view against every *other* teacher view, in nats.
+
+    student      (V, B, K) logits, the global views first
+    teacher      (G, B, K) probabilities, centred and sharpened, G <= V
+    temperature  of the student's softmax
+
+    Caron et al. 2021, eq. 1 and algorithm 1.
+    """
+    log_p = F.log_softmax(student.float() / temperature, dim=-1)
+    pairs = -torch.einsum("gbk,vbk->gv", teacher, log_p) / student.shape[1]
+    same = torch.eye(len(teacher), len(student), dtype=torch.bool, device=pairs.device)
+    return pairs[~same].mean()
+
+
+def sharpened(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """The teacher's probabilities (..., K) in float32: logits less their centre, over a low temperature.
+
+    Centring works against one prototype for all, sharpening against all prototypes equally (section 5.3).
+    """
+    return F.softmax((logits.float() - centre) / temperature, dim=-1)
+
+
+def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
+    """The centre (K,) after a batch of teacher logits (G, B, K): a moving average of their mean. Eq. 4."""
+    return torch.lerp(logits.float().flatten(0, -2).mean(0), centre, momentum)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy in nats of probabilities (..., K), over the last axis; log K where they are uniform."""
+    return -torch.xlogy(p, p).sum(-1)

@@ -1,0 +1,354 @@
+"""Pretraining: tiles i = s B to (s + 1) B - 1 are step s, its randomness is keyed by (seed, s), and so a killed run
+goes on to the same numbers from its weights and one integer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader
+
+from pathfm import checkpoint, logbook
+from pathfm.augment import MultiCrop, scale_table
+from pathfm.config import SMOKE, PretrainConfig
+from pathfm.dino import Dino, clip_gradients
+from pathfm.errors import InputError
+from pathfm.export import export, load
+from pathfm.schedules import schedule
+from pathfm.storage import cache_dir, progress, read_json, write_json
+from pathfm.vit import set_attention
+from pathfm.watches import Watch
+
+__all__ = ["SMOKE", "PretrainConfig", "Run", "pretrain"]
+
+CHECKPOINT = "checkpoint.safetensors"
+FREE = ("workers", "checkpoint_every")  # may differ when a run goes on: they change no number
+WEIGHTS, STEP_VIEWS, STEP_DEPTH = range(3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder."""
+
+    folder: Path
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """config, stream, init, device, precision, attention, scales, and a session for every start of the run."""
+        return read_json(self.folder / "params.json")
+
+    @cached_property
+    def log(self) -> pd.DataFrame:
+        """A row a step: loss, rates, entropies, mpp of the views (log.csv), tiles_per_s and data wait (speed.csv)."""
+        return logbook.read(self.folder / "log.csv").merge(logbook.read(self.folder / "speed.csv"), "left", "step")
+
+    @cached_property
+    def watches(self) -> pd.DataFrame:
+        """A row a look at the validation tiles, the first at step 0, before any training."""
+        return logbook.read(self.folder / "watches.csv")
+
+    @property
+    def teacher(self) -> Path:
+        """The exported backbone; `timm.create_model("local-dir:<teacher>", pretrained=True)` loads it."""
+        return self.folder / "teacher"
+
+    @cached_property
+    def backbone(self) -> VisionTransformer:
+        """The teacher's backbone, in eval mode, on the CPU."""
+        return load(self.teacher)[0]
+
+
+def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder: str | Path | None = None) -> Run:
+    """Trains DINO on a tile stream; goes on where `folder` holds an unfinished run, returns where it is finished.
+
+    stream      a TileStream, or anything whose [i] is a Tile of (tile_px, tile_px, 3) uint8
+    validation  tiles to watch: a TileSet with roles (RankMe, ODCorr, entropy, kNN) or a TileStream (without kNN)
+    folder      where the run lives; None: the cache, by config and stream
+
+    Raises InputError where config and stream do not fit, another run is at work in the folder or left a checkpoint
+    of another config, a checkpoint is damaged, the disk is full, or the loss is no number.
+    """
+    tiles = _first_tiles(config, stream)
+    folder = Path(folder) if folder else _cached(config, tiles)
+    with _alone(folder), _settings(config):
+        training = Training(config, tiles, folder)
+        if training.step < config.steps or not (folder / "teacher" / "config.json").exists():
+            training.run(stream, Watch.of(validation, config.watch_tiles) if config.watch_every else None)
+    return Run(folder)
+
+
+class Training:
+    """A run in the making: model, optimiser and the number of steps that are done."""
+
+    def __init__(self, config: PretrainConfig, tiles: list, folder: Path):
+        self.config, self.tiles, self.folder = config, tiles, folder
+        self.device = device_of(config)
+        self.fused, self.precision = kernels_of(config, self.device)
+        saved = self._saved()
+        torch.manual_seed(key(config.seed, WEIGHTS))
+        # A resumed run has its weights; it must not depend on where the first ones came from.
+        self.model = Dino(config if saved is None or config.init == "random" else config.replace(init="random"))
+        self.model.to(self.device).train()
+        set_attention(self.model, self.fused)
+        self.named = {name: p for name, p in self.model.student.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(self.model.groups(), lr=config.lr)
+        self.step = 0
+        if saved is not None:
+            self._restore(*saved)
+
+    def run(self, stream: Any, watch: Watch | None) -> None:
+        """Does the steps that are left, then exports the teacher."""
+        config, folder = self.config, self.folder
+        self._describe()
+        log, speed, looks = (logbook.Logbook(folder / f"{name}.csv", self.step) for name in ("log", "speed", "watches"))
+        if watch and not self.step:
+            looks.add({"step": 0, **watch.look(self.model, config)})
+        batches = iter(self._batches(stream))
+        multicrop = MultiCrop(config)
+        steps = range(self.step, config.steps)
+        bar = progress(steps, desc=f"{folder.name}, step {self.step} to {config.steps}", unit="step")
+        for step in bar:
+            start = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - start
+            row = self._one(step, batch, multicrop)
+            self.step = step + 1
+            spent = time.perf_counter() - start
+            log.add({"step": self.step, **row})
+            speed.add(
+                {
+                    "step": self.step,
+                    "tiles_per_s": round(config.batch_size / spent, 3),
+                    "data_wait": round(waited / spent, 4),
+                    "seconds": round(spent, 4),
+                }
+            )
+            if hasattr(bar, "set_postfix_str"):
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {config.batch_size / spent:.0f} tiles/s", refresh=False)
+            if watch and (self.step % config.watch_every == 0 or self.step == config.steps):
+                looks.add({"step": self.step, **watch.look(self.model, config)})
+            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                for book in (log, speed, looks):
+                    book.settle()
+                self._save()
+        for book in (log, speed, looks):
+            book.close()
+        params = read_json(folder / "params.json")
+        export(
+            self.model.teacher.backbone,
+            folder / "teacher",
+            {
+                "Recipe": dataclasses.asdict(config),
+                "Start": params["init"],
+                "Tiles": {"first": self.tiles},
+                "Provenance": params["sessions"],
+            },
+        )
+
+    def _one(self, step: int, batch: Any, multicrop: MultiCrop) -> dict[str, float]:
+        """One optimiser step, and its row of the log."""
+        config, model, now = self.config, self.model, schedule(self.config, step)
+        torch.manual_seed(key(config.seed, STEP_DEPTH, step))
+        images = batch.image.to(self.device, non_blocking=True)
+        views = multicrop(images, batch.mpp, torch.Generator().manual_seed(key(config.seed, STEP_VIEWS, step)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = now.lr
+        self.optimiser.param_groups[0]["weight_decay"] = now.weight_decay
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            outcome = model(views, now)
+        self.optimiser.zero_grad(set_to_none=True)
+        outcome.loss.backward()
+        model.release_or_hold(now)
+        norm = clip_gradients(list(self.named.values()), config.clip)
+        numbers = torch.stack([outcome.loss.detach(), norm, outcome.teacher_entropy, outcome.prototype_entropy])
+        loss, norm, teacher_entropy, prototype_entropy = numbers.tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise InputError(
+                f"step {step + 1}: loss {loss} and gradient norm {norm} are not both numbers. The last checkpoint in "
+                f"{self.folder} is sound. Take a lower base_lr (now {config.base_lr}), a longer warmup, clip=1.0 or "
+                "precision='float32', in a new folder"
+            )
+        self.optimiser.step()
+        model.follow(outcome, now.momentum)
+        seen = views.effective_mpp
+        return {
+            "loss": loss,
+            "lr": now.lr,
+            "weight_decay": now.weight_decay,
+            "momentum": now.momentum,
+            "teacher_temperature": now.teacher_temperature,
+            "teacher_entropy": teacher_entropy,
+            "prototype_entropy": prototype_entropy,
+            "grad_norm": norm,
+            "mpp_tile": float(batch.mpp.float().mean()),
+            "mpp_global": float(seen[:2].mean()),
+            "mpp_local": float(seen[2:].mean()),
+        }
+
+    def _batches(self, stream: Any) -> DataLoader:
+        """Batches of the steps that are left, in order, whatever the number of workers."""
+        size = self.config.batch_size
+        return DataLoader(
+            stream,
+            batch_size=size,
+            sampler=range(self.step * size, self.config.steps * size),
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _save(self) -> None:
+        tensors = {**self.model.state_dict(), **checkpoint.optimiser_tensors(self.optimiser, self.named)}
+        checkpoint.save(
+            self.folder / CHECKPOINT,
+            tensors,
+            {
+                "step": self.step,
+                "config": dataclasses.asdict(self.config),
+                "tiles": self.tiles,
+                "init": self.model.provenance,
+                "precision": self.precision,
+                "attention": self._attention(),
+                "device": self.device.type,
+            },
+        )
+
+    def _saved(self) -> tuple[dict, dict] | None:
+        """The folder's checkpoint. Raises InputError where it is of another config, stream, device or precision."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        tensors, state = checkpoint.load(path)
+        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        for name in [*now, *sorted(set(state["config"]) - set(now))]:
+            was, wanted = state["config"].get(name, "absent"), now.get(name, "absent")
+            if name not in FREE and was != wanted:
+                raise InputError(f"{path} was made with {name}={was!r}, not {wanted!r}; use that, or a new folder")
+        for was, wanted in zip(state["tiles"], self.tiles, strict=False):
+            if was != wanted:
+                raise InputError(
+                    f"{path} was made on another tile stream: its first tiles have {was}, this has "
+                    f"{wanted}; use that stream, or a new folder"
+                )
+        for name, wanted in (("device", self.device.type), ("precision", self.precision)):
+            if state[name] != wanted:
+                raise InputError(
+                    f"{path} was made with {name}={state[name]!r}, here it is {wanted!r}; "
+                    f"say {name}={state[name]!r}, or use a new folder"
+                )
+        return tensors, state
+
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        self.model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimiser/")})
+        checkpoint.restore_optimiser(self.optimiser, self.named, tensors)
+        self.model.provenance, self.step = state["init"], state["step"]
+
+    def _attention(self) -> str:
+        return "fused" if self.fused else "plain"
+
+    def _describe(self) -> None:
+        """params.json: what was asked for, what was chosen, and where and when each session of the run began."""
+        path = self.folder / "params.json"
+        before = read_json(path)["sessions"] if self.step and path.exists() else []
+        write_json(
+            path,
+            {
+                "config": dataclasses.asdict(self.config),
+                "init": self.model.provenance,
+                "parameters": sum(p.numel() for p in self.model.teacher.backbone.parameters()),
+                "device": self.device.type,
+                "precision": self.precision,
+                "attention": self._attention(),
+                "first_tiles": self.tiles,
+                "scales": scale_table(self.config).round(4).to_dict("records"),
+                "sessions": [*before, {"from_step": self.step, **_provenance()}],
+            },
+        )
+
+
+def key(seed: int, *names: int) -> int:
+    """A 63-bit seed for torch, of its own for every (seed, *names)."""
+    return int(np.random.SeedSequence([seed, *names]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def device_of(config: PretrainConfig) -> torch.device:
+    """The device asked for. Raises InputError where this machine has none such."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[config.device]:
+        raise InputError(f"device='{config.device}' is not on this machine; take device='auto' or 'cpu'")
+    return torch.device(config.device)
+
+
+def kernels_of(config: PretrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Fused attention or not, and the precision of the networks. On a CPU bfloat16 only where it has instructions."""
+    fused = config.attention == "fused" or (config.attention == "auto" and device.type != "cpu")
+    if config.precision != "auto":
+        return fused, config.precision
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return fused, "bfloat16" if fast else "float32"
+
+
+@contextlib.contextmanager
+def _settings(config: PretrainConfig) -> Iterator[None]:
+    """Threads as asked for; torch's own generators and threads are the caller's again afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises InputError where another process trains in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout:
+        raise InputError(f"another run is at work in {folder}; wait for it, or use a new folder") from None
+
+
+def _first_tiles(config: PretrainConfig, stream: Any) -> list:
+    """Names of the first tiles, by which a stream is known again. Raises InputError where it does not fit."""
+    if len(stream) < config.steps * config.batch_size:
+        least = "a batch" if len(stream) < config.batch_size else f"{config.steps} steps"
+        raise InputError(
+            f"the stream has {len(stream)} tiles, fewer than {least} of batch_size={config.batch_size} "
+            "needs; add slides, or take a smaller batch or fewer steps"
+        )
+    side = np.shape(stream[0].image)[0]
+    if side != config.tile_px:
+        raise InputError(f"the stream's tiles are {side} px, but tile_px={config.tile_px}; make them agree")
+    tiles = [stream.name(i) if hasattr(stream, "name") else stream[i] for i in range(8)]
+    return [[str(tile.slide_id), int(tile.x), int(tile.y), round(float(tile.mpp), 6)] for tile in tiles]
+
+
+def _cached(config: PretrainConfig, tiles: list) -> Path:
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    mark = hashlib.sha256(json.dumps([settings, tiles]).encode()).hexdigest()[:12]
+    return cache_dir() / "pretrain" / mark
+
+
+def _provenance() -> dict[str, Any]:
+    from pathfm.runs import provenance
+
+    return provenance()

@@ -1,0 +1,224 @@
+"""Backbones from timm, the DINO head, and what a backbone looks at."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models._helpers import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from pathfm.errors import InputError, nearest
+from pathfm.storage import read_json
+
+WEIGHTS = "model.safetensors"
+
+
+def make_backbone(
+    name: str = "vit_small_patch16_224",
+    init: str | Path = "imagenet",
+    img_size: int = 224,
+    drop_path: float = 0.0,
+    depth: int = 0,
+    width: int = 0,
+    heads: int = 0,
+) -> tuple[VisionTransformer, str]:
+    """A timm ViT without classifier, and a sentence that says where its weights come from.
+
+    The model maps images (B, 3, H, W) in [-1, 1], H and W multiples of its patch, to CLS features (B, D).
+
+    init      "imagenet": timm's weights, fetched or cached; "random": drawn from torch's generator; else a folder
+              (ours or timm's: config.json and model.safetensors) or a file of weights, adapted to patch and size
+    img_size  pixels a side that the position embedding is made for; other sizes are interpolated
+    depth, width, heads  0 = the model's own
+
+    Raises InputError for an unknown name, a size that the patch does not divide, and weights that do not fit.
+    """
+    own = {key: value for key, value in {"depth": depth, "embed_dim": width, "num_heads": heads}.items() if value}
+    model = _create(name, img_size, drop_path, own)
+    if str(init) == "random":
+        return model, "random weights"
+    if str(init) == "imagenet":
+        state = _imagenet(name, model, own)
+        tag = model.pretrained_cfg.get("tag") or "default"
+        said = f"ImageNet weights of timm ({model.pretrained_cfg['architecture']}.{tag})"
+    else:
+        state = read_weights(init)
+        said = f"weights of {Path(init).name}"
+    fit_weights(model, state, said)
+    return model, said
+
+
+def _create(name: str, img_size: int, drop_path: float, own: dict) -> VisionTransformer:
+    known = timm.list_models("*vit*")
+    if name.split(".")[0] not in known:
+        raise InputError(
+            f"timm has no vision transformer '{name}'.{nearest(name, known).split(' Known')[0]}"
+            " See timm.list_models('*vit*')"
+        )
+    try:
+        model = timm.create_model(
+            name, num_classes=0, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path, **own
+        )
+    except (TypeError, AssertionError) as error:
+        raise InputError(f"{name} cannot be made with {own or 'its own settings'}: {error}") from None
+    if not isinstance(model, VisionTransformer):
+        raise InputError(f"{name} is a {type(model).__name__}; take a plain ViT such as vit_small_patch16_224")
+    check_size(model, img_size)
+    return model
+
+
+def check_size(model: VisionTransformer, px: int, what: str = "image size") -> None:
+    """Raises InputError where `px` pixels are no multiple of the model's patch."""
+    patch = model.patch_embed.patch_size[0]
+    if px % patch:
+        below, above = px // patch * patch, (px // patch + 1) * patch
+        raise InputError(f"{what} {px} px is no multiple of the patch of {patch} px; take {below or above} or {above}")
+
+
+def _imagenet(name: str, model: VisionTransformer, own: dict) -> dict[str, Tensor]:
+    """timm's weights for `name` at their own size. Raises InputError where they cannot be had."""
+    if own:
+        raise InputError(f"ImageNet weights fit {name} as it is, not with {own}; take init='random'")
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # timm and its hub client raise whatever the network or the cache made them
+        raise InputError(
+            f"ImageNet weights of {name} cannot be fetched ({type(error).__name__}); set init to a local folder "
+            "(config.json and model.safetensors, ours or timm's) or file of weights, or take init='random'"
+        ) from error
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a folder's model.safetensors or in a file, by name; nothing is unpickled.
+
+    Raises InputError where there is none, or where it is damaged.
+    """
+    path = Path(path)
+    file = path / WEIGHTS if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise InputError(f"{path} holds no {WEIGHTS}; init takes a folder as pathfm or timm exports it")
+    if not file.is_file():
+        raise InputError(f"init='{path}' is neither 'imagenet' nor 'random' nor a folder or file that exists")
+    try:
+        return load_state_dict(str(file), use_ema=False, weights_only=True)
+    except Exception as error:  # safetensors, zipfile and torch each have their own
+        raise InputError(
+            f"{file} holds no weights that can be read ({type(error).__name__}); fetch or export them again"
+        ) from error
+
+
+def fit_weights(model: VisionTransformer, state: dict[str, Tensor], said: str) -> None:
+    """Loads `state` into `model`, patch and position embeddings interpolated, classifiers left out.
+
+    Raises InputError that names the first parameter that is missing, foreign or of another shape.
+    """
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    state = {
+        key: value
+        for key, value in checkpoint_filter_fn(state, model).items()
+        if not key.startswith(("head.", "head_dist.", "fc."))
+    }
+    wanted = model.state_dict()
+    for key, value in wanted.items():
+        if key not in state:
+            raise InputError(f"{said}: parameter {key} is missing; the model is another one")
+        if state[key].shape != value.shape:
+            raise InputError(
+                f"{said}: parameter {key} is {tuple(state[key].shape)}, the model has "
+                f"{tuple(value.shape)}; choose model, depth, width and heads as the weights have them"
+            )
+    for key in state:
+        if key not in wanted:
+            raise InputError(f"{said}: parameter {key} is not in the model; the model is another one")
+    model.load_state_dict(state)
+
+
+def from_folder(folder: str | Path) -> tuple[VisionTransformer, dict]:
+    """The backbone in a folder of config.json and model.safetensors, and its config. Ours or timm's."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if "architecture" not in config:
+        raise InputError(f"{folder / 'config.json'} names no architecture; it is no folder of timm's format")
+    arguments = {**config.get("model_args", {}), "num_classes": 0}
+    model = timm.create_model(config["architecture"], **arguments)
+    fit_weights(model, read_weights(folder), str(folder))
+    return model.eval(), config
+
+
+def set_attention(model: nn.Module, fused: bool) -> None:
+    """Chooses the attention kernel of every block: PyTorch's fused one, or plain products and a softmax."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+
+
+class Prototypes(nn.Module):
+    """The weight-normalised last layer: one direction a prototype, and its length (1, and fixed, if `unit`)."""
+
+    def __init__(self, features: int, prototypes: int, unit: bool):
+        super().__init__()
+        self.direction = nn.Parameter(nn.Linear(features, prototypes, bias=False).weight.detach())
+        self.length = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not unit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.length * F.normalize(self.direction, dim=-1))
+
+
+class DinoHead(nn.Module):
+    """Three layers, a bottleneck of length 1, prototypes: features (N, D) to logits (N, K). Caron et al., app. C."""
+
+    def __init__(
+        self,
+        features: int,
+        prototypes: int = 65536,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        batch_norm: bool = False,
+        norm_last_layer: bool = True,
+    ):
+        super().__init__()
+
+        def layer(inputs: int) -> list[nn.Module]:
+            return [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.GELU()]
+
+        self.mlp = nn.Sequential(*layer(features), *layer(hidden), nn.Linear(hidden, bottleneck))
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = Prototypes(bottleneck, prototypes, unit=norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+@torch.no_grad()
+def patch_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
+    """The last layer's patch features (B, h, w, D) of normalised images (B, 3, H, W), one a patch."""
+    tokens = model.forward_features(images)[:, model.num_prefix_tokens :]
+    return tokens.unflatten(1, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+
+
+@torch.no_grad()
+def attention_maps(model: VisionTransformer, images: Tensor) -> Tensor:
+    """How much the CLS token attends to each patch in the last block: (B, heads, h, w), sums at most 1 a head.
+
+    images (B, 3, H, W) normalised. The rest of a head's attention is on CLS and registers.
+    """
+    seen = {}
+    attention = model.blocks[-1].attn
+    hook = attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    try:
+        model.forward_features(images)
+    finally:
+        hook.remove()
+    b, n, _ = seen["x"].shape
+    query, key, _ = attention.qkv(seen["x"]).view(b, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    weights = attention.q_norm(query[:, :, :1]) * attention.scale @ attention.k_norm(key).mT
+    patches = weights.softmax(-1)[:, :, 0, model.num_prefix_tokens :]
+    return patches.unflatten(2, model.patch_embed.dynamic_feat_size(images.shape[-2:]))
