@@ -1,0 +1,244 @@
+"""Why slides differ: latent variables drawn over nested levels, centre > patient > slide > region > nucleus.
+
+A latent is `default + sd * sum over levels of sqrt(share) * strength * z`, z standard normal (on the logarithm for
+positive ones). `strength` is what a knob sets: 0 off, 1 default, 2 strong. SHARES therefore are shares of variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from pathfm.errors import InputError, nearest
+from pathfm.synthetic.painters import CLASSES, TissueParams
+
+SETTINGS = {"off": 0.0, "default": 1.0, "strong": 2.0}
+
+# Shares of variance by level at default knobs; ours. Biology belongs to patients, colour to laboratories.
+SHARES = {
+    "tissue": {"variants": 0.25, "patient": 0.30, "slide": 0.15, "region": 0.30},
+    "stain": {"centre": 0.65, "patient": 0.05, "slide": 0.25, "region": 0.05},
+    "scanner": {"centre": 0.80, "slide": 0.20},
+    "shares": {"centre": 0.30, "patient": 0.40, "slide": 0.30},
+}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How strong each random effect and each class cue is: "off", "default" or "strong".
+
+    Raises InputError for an unknown setting. Build one from user input with `Knobs.of`.
+    """
+
+    centre: str = "default"  # stain and scanner of a laboratory
+    patient: str = "default"  # build of the tissue, a little of the stain, class proportions
+    slide: str = "default"  # staining run, thickness, scanner drift
+    region: str = "default"  # patches within a slide
+    nucleus: str = "default"  # nucleus to nucleus spread
+    variants: str = "default"  # one of 40 morphological variants per patient and class, Zipf frequencies
+    fine_cues: str = "default"  # what tells classes apart below 2 um: chromatin, nucleoli, outline
+    coarse_cues: str = "default"  # what tells classes apart above 50 um: glands, fascicles
+    proportions: str = "off"  # class proportions that differ between centres
+    artefacts: str = "default"  # pen, folds, bubbles, blur
+    scanner_share: float = 0.5  # of the centre effect's variance: 0 all stain, 1 all scanner
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name == "scanner_share":
+                if not isinstance(value, int | float) or not 0 <= value <= 1:
+                    raise InputError(f"knob scanner_share is {value!r}; give a number from 0 to 1")
+            elif value not in SETTINGS:
+                raise InputError(f"knob {name} cannot be {value!r}.{nearest(value, SETTINGS)}")
+
+    @classmethod
+    def of(cls, **settings) -> Knobs:
+        """Knobs from names and settings; an unknown name is an InputError that offers the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise InputError(f"no knob is called {name!r}.{nearest(name, known)}")
+        return cls(**settings)
+
+    def strength(self, level: str) -> float:
+        return SETTINGS[getattr(self, level)]
+
+
+@dataclass(frozen=True)
+class Latent:
+    default: float
+    sd: float  # between slides of one organ in different laboratories; of the logarithm where `log`
+    log: bool = True
+    low: float | None = None
+    high: float | None = None
+
+    def value(self, z):
+        moved = self.default * np.exp(self.sd * z) if self.log else self.default + self.sd * z
+        return np.clip(moved, self.low, self.high) if (self.low, self.high) != (None, None) else moved
+
+
+# Optical density of one unit of dye in R, G, B. Around Ruifrok & Johnston 2001 (skimage's HED) and Macenko 2009.
+STAIN = {
+    "h_red": Latent(0.62, 0.13),
+    "h_green": Latent(0.73, 0.05),
+    "h_blue": Latent(0.32, 0.22),
+    "e_red": Latent(0.11, 0.35),
+    "e_green": Latent(0.88, 0.05),
+    "e_blue": Latent(0.38, 0.22),
+    "h_strength": Latent(1.0, 0.16, low=0.5, high=1.8),
+    "e_strength": Latent(1.0, 0.18, low=0.5, high=1.8),
+}
+SCANNER = {
+    "gamma": Latent(1.0, 0.10, low=0.7, high=1.4),
+    "white_red": Latent(244, 0.012, high=254),
+    "white_green": Latent(243, 0.010, high=254),
+    "white_blue": Latent(245, 0.012, high=254),
+    "blur_um": Latent(0.34, 0.25, low=0.15, high=0.8),  # standard deviation of the point spread
+    "sharpen": Latent(0.45, 0.35, log=False, low=0.0, high=1.6),
+    "noise": Latent(1.5, 0.35, low=0.3, high=4.0),  # grey levels
+    "quality": Latent(82, 7, log=False, low=55, high=95),  # JPEG
+}
+TISSUE = {
+    f.name: Latent(f.default, *(f.metadata[key] for key in ("sd", "log", "low", "high")))
+    for f in fields(TissueParams)
+}
+FINE = [f.name for f in fields(TissueParams) if f.metadata["scale"] == "fine"]
+VARIANTS = 40
+# What a class loses when a family of cues is off; "strong" moves it as far the other way.
+_NEUTRAL = {
+    "fine_cues": {"chromatin": 0.0, "nucleoli": 0.0, "outline": 0.0},
+    "coarse_cues": {"gland_form": 0.0, "cribriform": 0.0, "fibre_wave": 0.0, "follicles": 0.0, "ghosts": 0.0},
+}
+_TAG = {name: index for index, name in enumerate(("tissue", "stain", "scanner", "shares", "labels", "variant"))}
+_LEVEL = {name: index for index, name in enumerate(("centre", "patient", "slide", "region", "nucleus"))}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose slide it is: `centre` of `centres`, patient and slide number within the cohort drawn with `seed`."""
+
+    seed: int
+    centre: int
+    centres: int
+    patient: int
+    slide: int
+
+
+def _rng(origin: Origin, tag: str, level: str, *more: int) -> np.random.Generator:
+    ids = {"centre": (), "patient": (origin.patient,)}.get(level, (origin.patient, origin.slide))
+    return np.random.default_rng([origin.seed, _TAG[tag], _LEVEL[level], *ids, *more])
+
+
+def _z(origin: Origin, tag: str, level: str, size: int, *more: int) -> np.ndarray:
+    """Standard normal draws of one level. Centres' are standardised over the cohort: never all alike."""
+    rng = _rng(origin, tag, level, *more)
+    if level != "centre":
+        return rng.standard_normal(size)
+    all_ = rng.standard_normal((origin.centres, size))
+    if origin.centres > 1:
+        all_ = (all_ - all_.mean(0)) / all_.std(0)
+    return all_[origin.centre]
+
+
+def components(origin: Origin, tag: str, names: list[str], knobs: Knobs) -> dict[str, np.ndarray]:
+    """What each level adds to the latents `names` of `tag`, in standard deviations: level -> (len(names),)."""
+    parts = {}
+    for level, share in SHARES[tag].items():
+        if level == "variants" or (level == "region" and tag != "tissue"):
+            continue
+        strength = knobs.strength(level)
+        if level == "centre" and tag in ("stain", "scanner"):
+            part = knobs.scanner_share if tag == "scanner" else 1 - knobs.scanner_share
+            strength *= np.sqrt(2 * part)
+        parts[level] = np.sqrt(share) * strength * _z(origin, tag, level, len(names))
+    return parts
+
+
+def _latents(origin: Origin, tag: str, table: dict[str, Latent], knobs: Knobs) -> dict[str, float]:
+    total = sum(components(origin, tag, list(table), knobs).values())
+    return {name: float(latent.value(z)) for (name, latent), z in zip(table.items(), total, strict=True)}
+
+
+def stain(origin: Origin, knobs: Knobs) -> dict[str, float]:
+    """Optical density per unit dye by channel, and the strength of both dyes, of one slide."""
+    return _latents(origin, "stain", STAIN, knobs)
+
+
+def scanner(origin: Origin, knobs: Knobs) -> dict[str, float]:
+    """Tone curve, white balance, blur, sharpening, noise and JPEG quality of one slide."""
+    return _latents(origin, "scanner", SCANNER, knobs)
+
+
+def region_sd(knobs: Knobs) -> float:
+    """Standard deviation of the smooth field that multiplies the dyes within a slide, of the logarithm."""
+    return 0.17 * np.sqrt(SHARES["stain"]["region"]) * knobs.strength("region")
+
+
+def variant(origin: Origin, class_name: str, knobs: Knobs) -> int:
+    """Which of the VARIANTS this patient's `class_name` shows; frequencies fall as 1 / rank (Zipf)."""
+    weights = 1 / np.arange(1, VARIANTS + 1)
+    rng = _rng(origin, "variant", "patient", CLASSES.index(class_name))
+    return int(rng.choice(VARIANTS, p=weights / weights.sum()))
+
+
+def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0, nucleoli: float = 0.0) -> dict[str, TissueParams]:
+    """How each class is built on one slide: class -> TissueParams.
+
+    immune, nucleoli   the label latents B1 and B2 (standard normal), added to inflammation and tumour nucleoli
+    """
+    names = list(TISSUE)
+    shared = components(origin, "tissue", names, knobs)
+    region = shared.pop("region")
+    built = {}
+    for index, class_name in enumerate(CLASSES):
+        which = variant(origin, class_name, knobs)
+        form = np.random.default_rng([_TAG["variant"], index, which]).standard_normal(len(names))
+        own = _z(origin, "tissue", "region", len(names), 1 + index) if knobs.strength("region") else region
+        z = sum(shared.values())
+        z = z + np.sqrt(SHARES["tissue"]["variants"]) * knobs.strength("variants") * form
+        z = z + np.sqrt(SHARES["tissue"]["region"]) * knobs.strength("region") * own
+        z[names.index("inflammation")] += 1.4 * immune
+        if class_name == "tumour":
+            z[names.index("nucleoli")] += 1.2 * nucleoli
+        values = {name: float(TISSUE[name].value(z[i])) for i, name in enumerate(names)}
+        if class_name == "tumour" and knobs.strength("variants") and which % 6 == 5:
+            values["small_cell"] = 1.0
+        built[class_name] = TissueParams(**_cued(values, knobs))
+    return built
+
+
+def _cued(values: dict[str, float], knobs: Knobs) -> dict[str, float]:
+    values["pleomorphism"] = float(TISSUE["pleomorphism"].value(0)) * 0 if knobs.nucleus == "off" else (
+        values["pleomorphism"] * knobs.strength("nucleus")
+    )
+    for knob, neutral in _NEUTRAL.items():
+        strength = knobs.strength(knob)
+        for name, base in neutral.items():
+            latent = TISSUE[name]
+            values[name] = float(np.clip(base + strength * (values[name] - base), latent.low, latent.high))
+    return values
+
+
+def shares(origin: Origin, typical: dict[str, float], knobs: Knobs) -> dict[str, float]:
+    """Wanted fraction of each class on one slide. Centres differ only with the knob `proportions`."""
+    parts = components(origin, "shares", list(typical), knobs)
+    parts["centre"] = np.sqrt(SHARES["shares"]["centre"]) * knobs.strength("proportions") * _z(
+        origin, "shares", "centre", len(typical)
+    )
+    factor = np.exp(0.35 * sum(parts.values()))
+    return {name: float(value * f) for (name, value), f in zip(typical.items(), factor, strict=True)}
+
+
+LABEL_NOISE = {"B1": 0.7, "B2": 0.7, "B3": 0.7}  # puts the oracle on the latent at AUC 0.85 to 0.92
+
+
+def labels(origin: Origin) -> tuple[dict[str, float], dict[str, int]]:
+    """The latents behind the slide labels (standard normal) and the labels themselves.
+
+    B0 a coin, B1 lymphocyte density, B2 nucleoli of tumour nuclei, B3 distance of lymphocytes to tumour.
+    """
+    rng = _rng(origin, "labels", "slide")
+    coin = int(rng.random() < 0.5)
+    latent = {name: float(rng.standard_normal()) for name in LABEL_NOISE}
+    noisy = {name: z + LABEL_NOISE[name] * rng.standard_normal() for name, z in latent.items()}
+    return latent, {"B0": coin, **{name: int(value > 0) for name, value in noisy.items()}}

@@ -1,0 +1,246 @@
+"""Cohorts of synthetic slides: which slides there are, and making the ones that are missing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pathfm.errors import InputError, nearest
+from pathfm.storage import atomic_path, cache_dir, progress, read_json
+from pathfm.synthetic import appearance
+from pathfm.synthetic.appearance import Knobs, Origin
+from pathfm.synthetic.layout import KINDS
+from pathfm.synthetic.slides import SlideSpec, is_made, make_slide
+
+_OPTIONAL = ("necrosis", "mucus", "adipose", "muscle", None)  # which class a slide lacks, in turn
+_SPOILT = ((), ("pen",), (), ("fold",), (), ("bubble",), (), ("blur",), (), (), ())  # coprime to every other cycle
+
+
+@dataclass(frozen=True)
+class Design:
+    """A cohort before it is drawn.
+
+    roles   of each centre in turn, the role of each of its patients in turn; its length is the number of centres
+    """
+
+    roles: tuple[tuple[str, ...], ...]
+    second_slide_every: int  # patients, 0 for never
+    side_um: tuple[float, float]
+    fine_every: int  # slides, at 0.25 mpp; the others at 0.5
+    knobs: Knobs = field(default_factory=Knobs)
+
+
+def _repeat(**counts: int) -> tuple[str, ...]:
+    return tuple(role.replace("_", "-") for role, count in counts.items() for _ in range(count))
+
+
+DESIGNS = {
+    # Proves the machinery; no findings. Two centres teach, one validates, one is the test.
+    "embedded": Design(
+        roles=(_repeat(pretrain=2, probe_train=2),) * 2 + (_repeat(validate=4), _repeat(test=4)),
+        second_slide_every=2,
+        side_um=(2000, 2600),
+        fine_every=3,
+    ),
+    # Findings. Five centres teach and hold three patients each for an in-domain test.
+    "study": Design(
+        roles=(_repeat(pretrain=10, probe_train=5, test=3),) * 5 + (_repeat(validate=18),) + (_repeat(test=18),) * 2,
+        second_slide_every=4,
+        side_um=(2000, 2000),
+        fine_every=1,
+    ),
+    # Slide labels.
+    "bags": Design(
+        roles=(_repeat(probe_train=45, validate=15, test=15),) * 4,
+        second_slide_every=0,
+        side_um=(2000, 2000),
+        fine_every=0,
+    ),
+}
+
+
+def specs(name: str, seed: int = 0, knobs: Knobs | None = None) -> list[SlideSpec]:
+    """The slides of the cohort called `name`. Raises InputError, with the nearest name, where there is none."""
+    if name not in DESIGNS:
+        raise InputError(f"no synthetic cohort is called {name!r}.{nearest(name, DESIGNS)}")
+    return list(_specs(name, DESIGNS[name], seed, knobs or DESIGNS[name].knobs))
+
+
+def _specs(name: str, design: Design, seed: int, knobs: Knobs) -> Iterator[SlideSpec]:
+    patient = slide = 0
+    for centre, roles in enumerate(design.roles):
+        within = 0
+        seen = {0.25: centre, 0.5: centre}  # pyramids alternate within a centre and resolution
+        for role in roles:
+            doubled = design.second_slide_every and patient % design.second_slide_every == 0
+            for _ in range(2 if doubled else 1):
+                fine = bool(design.fine_every) and (within + centre) % design.fine_every == 0
+                mpp = 0.25 if fine else 0.5
+                origin = Origin(seed, centre, len(design.roles), patient, slide)
+                rng = np.random.default_rng([seed, 900, slide])
+                width, height = (16 * round(side / mpp / 16) for side in rng.uniform(*design.side_um, 2))
+                lacks = _OPTIONAL[slide % len(_OPTIONAL)]
+                yield SlideSpec(
+                    slide_id=f"{name}-{slide:03d}",
+                    origin=origin,
+                    mpp=mpp,
+                    width_px=width,
+                    height_px=height,
+                    pyramid=("1-4-16", "1-2-4-8")[seen[mpp] % 2],
+                    kind=KINDS[rng.choice(len(KINDS), p=[0.5, 0.3, 0.2])],
+                    absent=(lacks,) if lacks else (),
+                    artefacts=_SPOILT[slide % len(_SPOILT)] if knobs.artefacts != "off" else (),
+                    patient_id=f"{name}-P{patient:03d}",
+                    role=role,
+                    knobs=knobs,
+                )
+                seen[mpp] += 1
+                within += 1
+                slide += 1
+            patient += 1
+
+
+def make_cohort(
+    name: str = "embedded",
+    folder: str | Path | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    knobs: Knobs | None = None,
+):
+    """The synthetic cohort called `name`, as a pathfm Cohort; slides that are already there are not drawn again.
+
+    folder    default: <cache>/<name>-<generator hash>, with the seed and knobs where they are not the default
+    workers   processes; default one per core
+    Stopped at any moment it goes on where it was. Raises InputError for an unknown name, a full disk, or a
+    folder that holds slides of another generator.
+    """
+    todo = specs(name, seed, knobs)
+    return make_slides(todo, Path(folder) if folder else _home(name, seed, todo[0].knobs), name, workers)
+
+
+def embedded():
+    """The cohort that every notebook and test can rely on: 24 slides, 16 patients, 4 centres."""
+    return make_cohort("embedded")
+
+
+def tiny_cohort(folder: str | Path, n: int = 4, side_um: float = 600, mpp=(0.5, 0.25), seed: int = 0, **spec):
+    """`n` small slides for tests, about a second each: patients in pairs, two centres, all four roles in turn.
+
+    mpp    one value, or several in turn
+    spec   any other field of SlideSpec, for all slides
+    """
+    scales = mpp if isinstance(mpp, tuple | list) else (mpp,)
+    roles = ("pretrain", "probe-train", "validate", "test")
+    todo = []
+    for slide in range(n):
+        patient, scale = slide // 2, scales[slide % len(scales)]
+        side_px = 16 * round(side_um / scale / 16)
+        fields = {
+            "slide_id": f"tiny-{slide:03d}",
+            "origin": Origin(seed, patient % 2, 2, patient, slide),
+            "mpp": scale,
+            "width_px": side_px,
+            "height_px": side_px,
+            "pyramid": ("1-4-16", "1-2-4-8")[(slide // 2) % 2],
+            "patient_id": f"tiny-P{patient:03d}",
+            "role": roles[patient % 4],
+        }
+        todo.append(SlideSpec(**{**fields, **spec}))
+    return make_slides(todo, Path(folder), "tiny", workers=1)
+
+
+def make_slides(todo: list[SlideSpec], folder: Path, name: str, workers: int | None = None):
+    """Draw what is missing of `todo` into `folder`, write cohort.csv beside it and return the Cohort."""
+    from filelock import FileLock
+
+    from pathfm.cohort import Cohort
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        _refuse_strangers(folder)
+        missing = [spec for spec in todo if not is_made(spec, folder)]
+        for _ in progress(_drawn(missing, folder, workers), f"drawing {name}", len(missing), "slide"):
+            pass
+        with atomic_path(folder / "cohort.csv") as partial:
+            table(todo).to_csv(partial, index=False)
+    return Cohort.read(folder / "cohort.csv")
+
+
+def table(todo: list[SlideSpec]) -> pd.DataFrame:
+    """One row a slide in the columns of a cohort, with the slide labels B0 to B3."""
+    rows = []
+    for spec in todo:
+        rows.append(
+            {
+                "slide_id": spec.slide_id,
+                "path": f"{spec.slide_id}.svs",
+                "patient_id": spec.patient_id,
+                "centre": f"centre-{spec.origin.centre}",
+                "scanner": f"scanner-{spec.origin.centre}",
+                "organ": "synthetic bowel",
+                "stain": "H&E",
+                "mpp": spec.mpp,
+                "role": spec.role,
+                **appearance.labels(spec.origin)[1],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _home(name: str, seed: int, knobs: Knobs) -> Path:
+    from pathfm.synthetic import generator_hash
+
+    parts = [name, generator_hash()]
+    if seed:
+        parts.append(f"seed{seed}")
+    changed = [
+        f"{knob}={value}" for knob, value in vars(knobs).items() if value != getattr(DESIGNS[name].knobs, knob)
+    ]
+    return cache_dir() / "-".join(parts + changed)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Slides of two generators never share a folder."""
+    from pathfm.synthetic import generator_hash
+
+    for latents in sorted(folder.glob("*.latents.json"))[:1]:
+        found = read_json(latents)["generator"]
+        if found != generator_hash():
+            raise InputError(
+                f"{folder} holds slides of generator {found}, this is {generator_hash()}; choose another folder"
+            )
+
+
+def _drawn(missing: list[SlideSpec], folder: Path, workers: int | None) -> Iterator[str]:
+    """Slide ids as they are finished."""
+    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    if workers <= 1:
+        for spec in missing:
+            make_slide(spec, folder)
+            yield spec.slide_id
+        return
+    # Fine slides take longest: begin with them, so that no core waits for one at the end.
+    missing = sorted(missing, key=lambda spec: -spec.width_px * spec.height_px)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        running = {pool.submit(make_slide, spec, folder): spec.slide_id for spec in missing}
+        try:
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    yield running.pop(future)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """A process per core needs no threads."""
+    import cv2
+
+    cv2.setNumThreads(1)
