@@ -1,0 +1,325 @@
+"""Labelled tiles as a table: a folder per class or a manifest, checked, with patients kept on one side."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, UnidentifiedImageError
+
+from pathfm.cohort import ROLES, check_roles
+from pathfm.errors import InputError, nearest
+from pathfm.storage import progress
+
+FRACTIONS = {"probe-train": 0.6, "validate": 0.2, "test": 0.2}
+UNITS = {"tile": None, "patient": "patient_id", "centre": "centre"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validate", "validation", "test"}
+QUARANTINE = ["file", "label", "reason"]
+
+
+@dataclass(frozen=True)
+class TileSet:
+    """Images with labels.
+
+    table        index 0..n-1; file, path, label, digest of the content, width_px, height_px; where known
+                 mpp, patient_id, slide_id, centre, role and any further column of the manifest
+    quarantined  file, label and reason of each image that could not be read
+    leaky        its roles were drawn with patients on both sides, to show what that does
+    """
+
+    name: str
+    table: pd.DataFrame
+    quarantined: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=QUARANTINE))
+    leaky: bool = False
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        mpp: float | None = None,
+        patient: str | None = None,
+        name: str | None = None,
+    ) -> TileSet:
+        """The images below `folder`: by its manifest.csv where it has one, else one folder per class.
+
+        folder   or a CSV with columns file and label, and optionally patient_id, slide_id, centre, role
+                 and mpp; files are relative to the CSV
+        mpp      microns per pixel where the manifest gives none; unknown stays unknown
+        patient  the manifest's column that plays the patient, such as a block of neighbouring images
+
+        Every image is decoded once; one that is missing or broken is quarantined. Raises InputError for
+        what makes the whole set unusable: no such folder, an empty class, one class, a wrong manifest.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.exists():
+            raise InputError(f"tile folder {folder} does not exist; give a folder of class folders or a CSV")
+        manifest = folder / "manifest.csv" if folder.is_dir() else folder
+        table = _read_manifest(manifest) if manifest.is_file() else _read_class_folders(folder)
+        if patient is not None:
+            if patient not in table:
+                raise InputError(f"{manifest} has no column '{patient}'.{nearest(patient, table.columns)}")
+            table["patient_id"] = table[patient]
+        table["mpp"] = _mpp(table, mpp, manifest)
+        table, quarantined = _decode_all(table)
+        tiles = cls(name or manifest.parent.name, table, quarantined)
+        _check(tiles, folder)
+        return tiles
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def classes(self) -> list[str]:
+        """The labels in sorted order; `y` counts in it."""
+        return sorted(self.table["label"].unique())
+
+    @property
+    def y(self) -> np.ndarray:
+        """(n,) class of each image as an integer from 0."""
+        return np.searchsorted(np.array(self.classes), self.table["label"].to_numpy(str))
+
+    @property
+    def patients(self) -> np.ndarray | None:
+        """(n,) whose tissue it is: patient_id, else slide_id, else None."""
+        return patients(self.table)
+
+    def image(self, row: int) -> np.ndarray:
+        """(h, w, 3) uint8. Raises InputError where the file changed since it was checked."""
+        path = self.table["path"].iloc[row]
+        try:
+            return _decode(Path(path).read_bytes())
+        except OSError as error:
+            raise InputError(f"{path} could be read before and now cannot ({error}); make the TileSet again") from None
+
+    def images(self, batch_size: int = 64) -> Iterator[list[np.ndarray]]:
+        """Batches of images in the table's order; sizes may differ within one."""
+        with ThreadPoolExecutor(_threads()) as pool:
+            for start in range(0, len(self), batch_size):
+                yield list(pool.map(self.image, range(start, min(start + batch_size, len(self)))))
+
+    def subset(self, rows) -> TileSet:
+        """The rows of a boolean mask or of integer positions."""
+        rows = np.asarray(rows)
+        return replace(
+            self, table=self.table.iloc[np.flatnonzero(rows) if rows.dtype == bool else rows].reset_index(drop=True)
+        )
+
+    def split(
+        self,
+        by: str = "patient",
+        seed: int = 0,
+        fractions: Mapping[str, float] = FRACTIONS,
+        allow_leak: bool = False,
+    ) -> TileSet:
+        """The same tiles with a column `role`, drawn by whole tiles, patients or centres, classes in balance.
+
+        Splitting by tile puts a patient on both sides: an error unless `allow_leak`, which is there to show
+        what a leak does.
+        """
+        table = self.table.assign(role=draw_roles(self.table, by, seed, fractions))
+        if by == "tile" and allow_leak:
+            return replace(self, table=table, leaky=True)
+        _check_sides(table)
+        return replace(self, table=table, leaky=False)
+
+    def folds(self, by: str = "centre", n: int | None = None, seed: int = 0) -> Iterator[tuple[str, TileSet]]:
+        """(name, tiles) with each centre or patient, or each of `n` groups of them, as test once.
+
+        Of the rest, a quarter is validate by the same unit, or by patient where the rest is one unit or two.
+        """
+        column = _column(self.table, by)
+        units = self.table[column].astype(str).to_numpy()
+        names = np.unique(units)
+        if len(names) < 2:
+            raise InputError(f"folds by {by} need at least two of them; {self.name} has {len(names)}")
+        groups = np.array_split(np.random.default_rng(seed).permutation(names), n) if n else names[:, None]
+        for group in groups:
+            test = np.isin(units, group)
+            rest = self.table[~test]
+            inner = by if len(names) - len(group) > 2 else "patient"
+            role = pd.Series("test", index=self.table.index)
+            role[~test] = draw_roles(rest, inner, seed, {"probe-train": 0.75, "validate": 0.25})
+            table = self.table.assign(role=role)
+            _check_sides(table)
+            yield "+".join(group), replace(self, table=table, leaky=False)
+
+    def summary(self) -> pd.DataFrame:
+        """Tiles, patients and quarantined images per class, and tiles per role where roles are drawn."""
+        rows = self.table.groupby("label")
+        counts = pd.DataFrame({"tiles": rows.size()})
+        if self.patients is not None:
+            counts["patients"] = pd.Series(self.patients).groupby(self.table["label"]).nunique()
+        if "role" in self.table:
+            counts = counts.join(pd.crosstab(self.table["label"], self.table["role"]))
+        bad = self.quarantined.groupby("label").size()
+        counts["quarantined"] = bad.reindex(counts.index, fill_value=0)
+        return counts
+
+
+def patients(table: pd.DataFrame) -> np.ndarray | None:
+    """(n,) strings of patient_id, else of slide_id, else None."""
+    for column in ("patient_id", "slide_id"):
+        if column in table:
+            return table[column].to_numpy(str)
+    return None
+
+
+def draw_roles(
+    table: pd.DataFrame, by: str = "patient", seed: int = 0, fractions: Mapping[str, float] = FRACTIONS
+) -> np.ndarray:
+    """(n,) role of each row: whole units, in a seeded order, go where most is missing of their classes.
+
+    Raises InputError where a role would lack a class.
+    """
+    column = _column(table, by)
+    if not fractions or min(fractions.values()) <= 0 or not np.isclose(sum(fractions.values()), 1):
+        raise InputError(f"fractions must be positive and sum to 1, not {dict(fractions)}")
+    unit = np.arange(len(table)) if column is None else np.unique(table[column].to_numpy(str), return_inverse=True)[1]
+    classes, y = np.unique(table["label"].to_numpy(str), return_inverse=True)
+    count = np.zeros((unit.max() + 1, len(classes)))  # tiles of each class in each unit
+    np.add.at(count, (unit, y), 1)
+    share = count / count.sum(axis=0)
+    names, target = list(fractions), np.array(list(fractions.values()))
+    missing = np.repeat(target[:, None], len(classes), axis=1)
+    role_of = np.empty(len(count), int)
+    shuffled = np.random.default_rng(seed).permutation(len(count))
+    for one in shuffled[np.argsort(-share[shuffled].sum(axis=1), kind="stable")]:
+        role_of[one] = np.argmax((missing / target[:, None]) @ share[one])
+        missing[role_of[one]] -= share[one]
+    role = role_of[unit]
+    for index, name in enumerate(names):
+        absent = np.setdiff1d(np.arange(len(classes)), y[role == index])
+        if len(absent):
+            label = classes[absent[0]]
+            raise InputError(
+                f"role {name} gets no tile of class {label}, which {int((count[:, absent[0]] > 0).sum())} "
+                f"{by}s hold; take another seed, other fractions or a finer unit than {by}"
+            )
+    return np.array(names)[role]
+
+
+def _column(table: pd.DataFrame, by: str) -> str | None:
+    if by not in UNITS:
+        raise InputError(f"cannot split by '{by}'.{nearest(by, UNITS)}")
+    column = UNITS[by]
+    if by == "patient" and column not in table and "slide_id" in table:
+        return "slide_id"
+    if column is not None and column not in table:
+        raise InputError(f"splitting by {by} needs a column {column}; give one in manifest.csv or split by tile")
+    return column
+
+
+def _check_sides(table: pd.DataFrame) -> None:
+    if patients(table) is not None:
+        check_roles(table.assign(patient=patients(table)), unit="patient")
+
+
+def _check(tiles: TileSet, folder: Path) -> None:
+    table = tiles.table
+    lost = sorted(set(tiles.quarantined["label"]) - set(table["label"]))
+    if lost:
+        first = tiles.quarantined[tiles.quarantined["label"] == lost[0]].iloc[0]
+        raise InputError(
+            f"{folder}: no image of class {lost[0]} can be read ({first.file}: {first.reason}); unpack it again"
+        )
+    if len(tiles.classes) < 2:
+        raise InputError(f"{folder} has the single class {tiles.classes[0]}; a probe needs two or more")
+    if "role" in table:
+        unknown = sorted(set(table["role"].astype(str)) - set(ROLES))
+        if unknown:
+            raise InputError(f"{folder}: unknown role '{unknown[0]}'.{nearest(unknown[0], ROLES)}")
+        _check_sides(table)
+
+
+def _read_manifest(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype={"file": str, "label": str, "patient_id": str, "slide_id": str, "centre": str})
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a CSV table ({error})") from None
+    for column in ("file", "label"):
+        if column not in table:
+            raise InputError(f"{path} has no column '{column}'; it needs file and label")
+    if table.empty:
+        raise InputError(f"{path} lists no images")
+    # An empty cell of a column that is there is a mistake, not a patient called nan.
+    for column in ("file", "label", "patient_id", "slide_id", "centre", "role"):
+        if column in table and table[column].isna().any():
+            raise InputError(f"{path}: line {table[column].isna().argmax() + 2} has no {column}")
+    if table["file"].duplicated().any():
+        raise InputError(f"{path} lists {table['file'][table['file'].duplicated()].iloc[0]} twice")
+    table["path"] = [str(path.parent / file) for file in table["file"]]
+    return table
+
+
+def _read_class_folders(folder: Path) -> pd.DataFrame:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is neither a folder nor a CSV")
+    names = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    if not names:
+        raise InputError(f"{folder} has no class folders and no manifest.csv; expected {folder.name}/<class>/<image>")
+    if all(name.name.lower() in SPLIT_FOLDERS for name in names):
+        raise InputError(
+            f"{folder} holds {', '.join(n.name for n in names)}, which are splits and not classes; "
+            "give one of them, or a manifest.csv with columns file, label and role"
+        )
+    rows = []
+    for name in names:
+        files = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        if not files:
+            raise InputError(f"class folder {name} has no image; fill it or remove it")
+        rows += [(str(p.relative_to(folder)), name.name, str(p)) for p in files]
+    return pd.DataFrame(rows, columns=["file", "label", "path"])
+
+
+def _mpp(table: pd.DataFrame, mpp: float | None, source: Path) -> pd.Series:
+    given = pd.to_numeric(table["mpp"], errors="coerce") if "mpp" in table else pd.Series(np.nan, table.index)
+    if "mpp" in table and (given.isna() & table["mpp"].notna()).any():
+        raise InputError(f"{source}: mpp '{table['mpp'][given.isna()].iloc[0]}' is not a number")
+    given = given if mpp is None else given.fillna(float(mpp))
+    if (given <= 0).any():
+        raise InputError(f"{source}: mpp must be above 0, not {given.min()}")
+    return given.astype(float)
+
+
+def _decode(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def _probe(path: str) -> tuple[str, int, int, str]:
+    """Digest of the bytes, width and height, and what is wrong with the image ('' for nothing)."""
+    try:
+        data = Path(path).read_bytes()
+        height, width = _decode(data).shape[:2]
+    except FileNotFoundError:
+        return "", 0, 0, "missing"
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        return "", 0, 0, "not an image" if data else "empty file"
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for truncated files
+        return "", 0, 0, f"does not decode: {error}"
+    return hashlib.blake2b(data, digest_size=12).hexdigest(), width, height, ""
+
+
+def _decode_all(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    with ThreadPoolExecutor(_threads()) as pool:
+        found = list(progress(pool.map(_probe, table["path"]), "checking images", len(table), "image"))
+    checked = table.assign(
+        **dict(zip(("digest", "width_px", "height_px", "reason"), zip(*found, strict=True), strict=True))
+    )
+    good = checked["reason"] == ""
+    return (
+        checked[good].drop(columns="reason").reset_index(drop=True),
+        checked.loc[~good, QUARANTINE].reset_index(drop=True),
+    )
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)

@@ -1,0 +1,223 @@
+"""Probes on frozen features: train on probe-train, choose on validate, answer once on test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from pathfm.errors import InputError
+from pathfm.metrics import balanced_accuracy, finite
+from pathfm.neighbours import nearest, vote
+from pathfm.scores import Prediction, paired, scores
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pathfm.benchmarks import TileSet
+    from pathfm.features import Features
+
+__all__ = [
+    "cross_validate",
+    "floor_predictions",
+    "floors",
+    "knn",
+    "knn_accuracy",
+    "leakage",
+    "linear",
+    "paired",
+    "scores",
+]
+
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 penalty on standardised features; ours, fixed
+MAX_ITER = 500  # of L-BFGS
+FLOOR_NAMES = {
+    "chance": "chance",
+    "colour": "colour mean and spread",
+    "histogram": "colour histogram",
+    "lbp": "texture (LBP)",
+    "colour+lbp": "colour + LBP",
+    "metadata": "size and mpp alone",
+}
+
+
+def linear(features: Features, seed: int = 0, grid: Sequence[float] = C_GRID) -> Prediction:
+    """Logistic regression (L2, L-BFGS, classes weighted equally) on standardised features, answers on test.
+
+    seed  of the pretraining behind the features, to keep with the answers; the fit itself has no chance in it
+    grid  of C, searched on validate; the smallest of equals is taken. Fitted on probe-train alone
+
+    Raises InputError where a role is missing or probe-train lacks a class.
+    """
+    train, validate, test = (_rows(features, role) for role in ("probe-train", "validate", "test"))
+    x, y = finite(features.x), features.y
+    mean, spread = x[train].mean(axis=0), x[train].std(axis=0)
+    x = (x - mean) / np.where(spread > 1e-6, spread, 1)
+    best, chosen, model = -1.0, None, None
+    for c in grid:
+        model = _fit(x[train], y[train], c, model)
+        score = balanced_accuracy(y[validate], model.predict(x[validate]))
+        if score > best:
+            best, chosen, answers = score, c, model.predict(x[test])
+    return _prediction(features, "linear", test, answers, seed, {"C": chosen, "validate": best})
+
+
+def knn(features: Features, seed: int = 0, k: int = 20) -> Prediction:
+    """The majority of the k nearest probe-train tiles by cosine, answers on test. Nothing is chosen."""
+    train, validate, test = (_rows(features, role) for role in ("probe-train", "validate", "test"))
+    x, y = finite(features.x), features.y
+    found = {name: vote(*nearest(x[train], x[rows], k), y[train]) for name, rows in (("v", validate), ("t", test))}
+    settings = {"k": k, "validate": balanced_accuracy(y[validate], found["v"])}
+    return _prediction(features, "kNN", test, found["t"], seed, settings)
+
+
+def knn_accuracy(train_x, train_y, test_x, test_y, k: int = 20) -> float:
+    """Balanced accuracy, 0 to 1, of the majority of the k nearest by cosine: a watch for a training loop.
+
+    train_x, test_x  (N, D) and (M, D) arrays;  train_y, test_y  (N,) and (M,) labels of any kind
+    """
+    classes, codes = np.unique(np.asarray(train_y), return_inverse=True)
+    found = vote(*nearest(finite(train_x), finite(test_x), k), codes)
+    return balanced_accuracy(test_y, classes[found])
+
+
+def cross_validate(
+    features: Features,
+    probe: Callable[..., Prediction] = linear,
+    by: str = "centre",
+    n: int | None = None,
+    seed: int = 0,
+    **settings,
+) -> Prediction:
+    """Every tile answered once, by a probe that saw nothing of its centre, patient or group of `n` of them.
+
+    The answers of all folds are one Prediction; its column `fold` names who was left out, so that each can
+    be reported: `table.groupby("fold")`. Roles in the features' tiles are not used.
+    """
+    answers = []
+    for name, tiles in features.tiles.folds(by, n, seed):
+        one = probe(replace(features, tiles=tiles), **settings)
+        answers.append(replace(one, table=one.table.assign(fold=name)))
+    table = pd.concat([one.table for one in answers]).sort_index()
+    validate = float(np.mean([one.settings["validate"] for one in answers]))
+    return replace(answers[0], table=table, settings={"by": by, "folds": len(answers), "validate": validate})
+
+
+def floor_predictions(
+    tiles: TileSet,
+    model: nn.Module | None = None,
+    preprocess: Callable | None = None,
+    probe: Callable[..., Prediction] = linear,
+    folder: str | Path | None = None,
+    seed: int = 0,
+) -> list[Prediction]:
+    """The answers of every floor on the same roles, probe and search: what any features must beat.
+
+    Chance; colour mean and spread; colour histogram; local binary patterns; both; size, mpp and magnification
+    where they vary; and, with `model`, the same architecture with random weights: CLS, mean or both, whichever
+    is best on validate.
+    """
+    from pathfm.features import extract, metadata_columns, random_twin
+
+    wanted = [name for name in FLOOR_NAMES if name != "metadata" or metadata_columns(tiles)]
+    answers = [probe(extract(name, tiles, name=FLOOR_NAMES[name], folder=folder)) for name in wanted]
+    if model is not None:
+        twin = random_twin(model, seed)
+        pooled = [
+            probe(extract(twin, tiles, preprocess, pool, f"random weights ({pool})", folder))
+            for pool in (("cls", "mean", "both") if getattr(model, "cls_token", None) is not None else ("mean",))
+        ]
+        answers.append(max(pooled, key=lambda answer: answer.settings["validate"]))
+    return [replace(answer, floor=True) for answer in answers]
+
+
+def floors(
+    tiles: TileSet, model: nn.Module | None = None, preprocess: Callable | None = None, **settings
+) -> pd.DataFrame:
+    """`floor_predictions` as a table of `scores`."""
+    return scores(floor_predictions(tiles, model, preprocess, **settings))
+
+
+def leakage(
+    features: Features,
+    probe: Callable[..., Prediction] = linear,
+    by: Iterable[str] = ("tile", "patient", "centre"),
+    seeds: Sequence[int] = (0, 1, 2),
+) -> pd.DataFrame:
+    """The same features and probe under splits by tile, patient and centre: what a leak would pretend.
+
+    One row a split: balanced_accuracy and its standard deviation over the seeds of the split, the patients
+    of the first one on test and on both sides, and `over_patient`, the score above that of the split by patient.
+    A split that the tiles cannot be given is a row of NaN with its reason.
+    """
+    rows = []
+    for unit in by:
+        try:
+            splits = [features.split(unit, seed=seed, allow_leak=True) for seed in seeds]
+        except InputError as error:
+            rows.append({"split": unit, "balanced_accuracy": np.nan, "spread": np.nan, "reason": str(error)})
+            continue
+        answers = [probe(split) for split in splits]
+        values = [answer.balanced_accuracy for answer in answers]
+        who = splits[0].tiles.patients
+        test = (splits[0].table["role"] == "test").to_numpy()
+        rows.append(
+            {
+                "split": unit,
+                "balanced_accuracy": float(np.mean(values)),
+                "spread": float(np.std(values, ddof=1)) if len(values) > 1 else np.nan,
+                "n_tiles": int(test.sum()),
+                "n_patients": pd.NA if who is None else len(set(who[test])),
+                "on_both_sides": pd.NA if who is None else len(set(who[test]) & set(who[~test])),
+                "reason": "",
+            }
+        )
+    table = pd.DataFrame(rows)
+    honest = table.loc[table["split"] == "patient", "balanced_accuracy"]
+    table["over_patient"] = table["balanced_accuracy"] - (honest.iloc[0] if len(honest) else np.nan)
+    return table
+
+
+def _fit(x: np.ndarray, y: np.ndarray, c: float, warm: LogisticRegression | None) -> LogisticRegression:
+    """One regression, started from the last one of the path."""
+    model = warm or LogisticRegression(class_weight="balanced", max_iter=MAX_ITER, warm_start=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties on separable data never settle
+        return model.set_params(C=c).fit(x, y)
+
+
+def _rows(features: Features, role: str) -> np.ndarray:
+    """(N,) bool. Raises InputError where the role is missing, or is probe-train and lacks a class."""
+    table = features.table
+    rows = (table["role"] == role).to_numpy() if "role" in table else np.zeros(len(table), bool)
+    if not rows.any():
+        raise InputError(f"no tile of {features.tiles.name} has the role {role}; draw roles with .split(by='patient')")
+    absent = np.setdiff1d(features.y, features.y[rows])
+    if role == "probe-train" and len(absent):
+        label = features.tiles.classes[absent[0]]
+        raise InputError(f"{features.tiles.name}: no tile of class {label} has the role {role}; draw roles anew")
+    return rows
+
+
+def _prediction(
+    features: Features, probe: str, test: np.ndarray, answers: np.ndarray, seed: int, settings: dict
+) -> Prediction:
+    classes = np.array(features.tiles.classes)
+    table = features.table[test]
+    return Prediction(
+        name=features.name,
+        probe=probe,
+        table=table.assign(truth=table["label"], predicted=classes[answers]),
+        seed=seed,
+        settings=settings,
+        leaky=features.tiles.leaky,
+        mpp=features.provenance.get("effective_mpp"),
+        quarantined=len(features.tiles.quarantined),
+    )
