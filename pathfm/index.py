@@ -1,0 +1,292 @@
+"""Built once per cohort: each slide's geometry and tissue mask, memory-mapped afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pathfm import positions, tissue
+from pathfm.cohort import TEXT, Cohort, select
+from pathfm.errors import InputError, nearest
+from pathfm.sampling import footprint
+from pathfm.slide import Slide
+from pathfm.storage import atomic, atomic_path, cache_dir, progress, read_json, write_json
+
+VERSION = 1  # of what is stored and how masks are made; an index of another version is made anew
+STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
+STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
+LEAST_SIDE_PX = 64  # no tile fits a smaller slide
+OPEN_SLIDES = 32  # handles kept per process
+
+WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words"]  # columns that hold whole numbers
+WHOLE += [f"positions@{mpp}" for mpp in STANDARD_MPP]
+
+
+class SlideIndex:
+    """A cohort ready to be sampled. Read-only; `build` makes it and `open` opens it.
+
+    folder   where it is stored
+    slides   DataFrame, one row a slide of the cohort with its columns and: status ("ok", "quarantined"),
+             reason, width_px, height_px, mpp, levels ("1 4 16"), cell_px (level-0 px per mask pixel),
+             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, positions@0.25 ... (256 px tiles, 40 % tissue)
+    usable   the rows that are ok
+
+    Picklable: a worker process maps the masks and opens the slides itself.
+    """
+
+    def __init__(self, folder: Path, slides: pd.DataFrame):
+        self.folder, self.slides = Path(folder), slides
+        self._words = self._where = None
+
+    @classmethod
+    def build(cls, cohort: Cohort, folder: str | Path | None = None, workers: int | None = None) -> SlideIndex:
+        """The index of a cohort, made in parallel; what an earlier, killed build finished is kept.
+
+        folder    None: cache_dir()/index/<hash of the cohort>
+        workers   processes; None: one per core, 0: this process
+
+        A slide that cannot be read is quarantined with its reason. Raises InputError where that is every one.
+        """
+        folder = Path(folder) if folder else cache_dir() / "index" / _cohort_key(cohort)
+        found = {}
+        todo = []
+        for row in cohort:
+            job = (row.path, getattr(row, "mpp", None), folder / "parts")
+            part = _part(*job)
+            if part is not None and part.is_file():
+                found[row.slide_id] = part
+            else:
+                todo.append((row.slide_id, job))
+        for slide_id, result in progress(_results(todo, workers), "indexing", len(todo), "slide"):
+            found[slide_id] = result
+        _merge(cohort, folder, found)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> SlideIndex:
+        """The index stored in a folder. Raises InputError where there is none, or one of another version."""
+        folder = Path(folder)
+        if not (folder / "index.json").is_file():
+            raise InputError(f"{folder} holds no index; make one with SlideIndex.build(cohort, folder)")
+        about = read_json(folder / "index.json")
+        if about.get("version") != VERSION:
+            raise InputError(
+                f"{folder} holds an index of version {about.get('version')}, this is {VERSION}; build it again"
+            )
+        types = dict.fromkeys([*TEXT, "status", "reason", "levels"], str) | dict.fromkeys(WHOLE, "Int64")
+        slides = pd.read_csv(folder / "slides.csv", dtype=types)
+        return cls(folder, slides)
+
+    @property
+    def usable(self) -> pd.DataFrame:
+        return self.slides[self.slides["status"] == "ok"].reset_index(drop=True)
+
+    @property
+    def quarantined(self) -> pd.DataFrame:
+        """slide_id, path and reason of what could not be read."""
+        return self.slides.loc[self.slides["status"] != "ok", ["slide_id", "path", "reason"]].reset_index(drop=True)
+
+    @property
+    def words(self) -> np.ndarray:
+        """All packed masks, one after another, memory-mapped."""
+        if self._words is None:
+            self._words = np.asarray(np.load(self.folder / "masks.npy", mmap_mode="r"))
+        return self._words
+
+    def mask(self, slide_id: str) -> tuple[np.ndarray, float]:
+        """The tissue mask of a slide, (h, w) bool, and its um/px."""
+        row = self._row(slide_id)
+        width, height = -(-row.width_px // row.cell_px), -(-row.height_px // row.cell_px)
+        words = self.words[row.mask_start : row.mask_start + height * row.mask_words]
+        return positions.unpack(words.reshape(height, row.mask_words), width), row.cell_px * row.mpp
+
+    def slide(self, slide_id: str) -> Slide:
+        """The slide, open; a process keeps at most OPEN_SLIDES."""
+        row = self._row(slide_id)
+        downsamples = [float(d) for d in row.levels.split()]
+        return _OPEN.get(Slide(row.path, row.width_px, row.height_px, row.mpp, downsamples))
+
+    def subset(self, which) -> SlideIndex:
+        """Fewer slides of the same folder: a query ("role == 'pretrain'"), a mask over `slides`, or slide_ids."""
+        fewer = SlideIndex(self.folder, select(self.slides, which))
+        fewer._words = self._words
+        return fewer
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def __repr__(self) -> str:
+        usable = int((self.slides["status"] == "ok").sum())
+        return f"SlideIndex({usable} slides, {len(self) - usable} quarantined)"
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "slides": self.slides, "_words": None, "_where": None}
+
+    def _row(self, slide_id: str):
+        if self._where is None:
+            self._where = {name: at for at, name in enumerate(self.slides["slide_id"])}
+        if slide_id not in self._where:
+            raise InputError(f"no slide '{slide_id}' in the index.{nearest(slide_id, self._where)}")
+        row = self.slides.iloc[self._where[slide_id]]
+        if row.status != "ok":
+            raise InputError(f"slide '{slide_id}' is quarantined: {row.reason}")
+        return row
+
+
+def _columns(rows: list[dict]) -> list[str]:
+    """Every fact's name once: status and reason first, then as a usable slide lists them."""
+    return ["status", "reason", *dict.fromkeys(key for row in rows for key in row if key not in ("status", "reason"))]
+
+
+class _Open:
+    """At most OPEN_SLIDES open slides of this process, least recently used first."""
+
+    def __init__(self):
+        self._slides: OrderedDict[str, Slide] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, slide: Slide) -> Slide:
+        with self._lock:
+            kept = self._slides.pop(slide.path, slide)
+            kept = kept if kept.mpp == slide.mpp else slide
+            self._slides[slide.path] = kept
+            if len(self._slides) > OPEN_SLIDES:
+                self._slides.popitem(last=False)  # closed when the last reader lets go of it
+            return kept
+
+
+_OPEN = _Open()
+
+
+def _cohort_key(cohort: Cohort) -> str:
+    text = "\n".join(f"{row.slide_id}\t{row.path}\t{getattr(row, 'mpp', '')}" for row in cohort)
+    return f"{cohort.name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
+def _part(path: str, mpp, folder: Path) -> Path | None:
+    """Where the finished scan of this very file is kept; None where there is no such file."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    text = f"{VERSION} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {mpp}"
+    return folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.npz"
+
+
+def _results(todo: list, workers: int | None) -> Iterator[tuple[str, Path | str]]:
+    """(slide_id, part written or reason for quarantine) as slides finish.
+
+    A slide that crashes its process is found by giving each unfinished one a process of its own.
+    """
+    workers = min(len(todo), os.cpu_count() or 1) if workers is None else workers
+    if workers <= 1:
+        yield from ((slide_id, _scan_or_reason(*job)) for slide_id, job in todo)
+        return
+    left = dict(todo)
+    try:
+        with ProcessPoolExecutor(workers) as pool:
+            futures = {pool.submit(_scan_or_reason, *job): slide_id for slide_id, job in todo}
+            for future in as_completed(futures):
+                result = future.result()
+                del left[futures[future]]
+                yield futures[future], result
+    except BrokenProcessPool:
+        for slide_id, job in left.items():
+            with ProcessPoolExecutor(1) as pool:
+                try:
+                    yield slide_id, pool.submit(_scan_or_reason, *job).result()
+                except BrokenProcessPool:
+                    yield slide_id, f"{job[0]} crashes its reader; fetch the file again or leave it out"
+
+
+def _scan_or_reason(path: str, mpp, folder: Path) -> Path | str:
+    try:
+        found = _scan(path, None if mpp is None or pd.isna(mpp) else mpp)
+    except InputError as error:
+        if not Path(path).exists() or not str(error).startswith(("cannot write", "no space left")):
+            return str(error).replace(str(path), Path(path).name)
+        raise
+    part = _part(path, mpp, folder)
+    with atomic(part) as file:
+        np.savez(file, **found)
+    return part
+
+
+def _scan(path: str, mpp: float | None) -> dict:
+    """A slide's geometry, packed mask and counts. Raises InputError with the reason where it is no use."""
+    with Slide.open(path, mpp) as slide:
+        size = slide.width_px, slide.height_px
+        if min(size) < LEAST_SIDE_PX:
+            raise InputError(f"{path} is {size[0]} x {size[1]} px, too small for any tile; leave it out")
+        _touch_corners(slide)
+        cell = max(1, round(tissue.UM_PER_PX / slide.mpp))
+        um_per_px = cell * slide.mpp
+        rgb = slide.thumbnail(um_per_px)
+        artefacts = tissue.artefacts(rgb, um_per_px)
+        mask = tissue.foreground(rgb, um_per_px)
+        if not mask.any():
+            raise InputError(f"{path} shows no tissue; look at its thumbnail and leave it out")
+        found = {
+            "width_px": size[0],
+            "height_px": size[1],
+            "mpp": slide.mpp,
+            "levels": " ".join(f"{d:.10g}" for d in slide.level_downsamples),
+            "cell_px": cell,
+            "tissue_mm2": round(tissue.area_mm2(mask, um_per_px), 4),
+        }
+        found |= {f"{kind}_mm2": round(tissue.area_mm2(m, um_per_px), 4) for kind, m in artefacts.items()}
+        for asked in STANDARD_MPP:
+            found[f"positions@{asked}"] = _standard_count(mask, cell, slide, asked)
+        return found | {"mask": positions.pack(mask)}
+
+
+def _touch_corners(slide: Slide) -> None:
+    """Read the last pixels of every level, which a file cut short no longer has."""
+    for down in slide.level_downsamples:
+        slide.read(slide.width_px - 8 * down, slide.height_px - 8 * down, 8, slide.mpp * down)
+
+
+def _standard_count(mask: np.ndarray, cell: int, slide: Slide, mpp: float) -> int:
+    found = footprint(slide.mpp, slide.level_downsamples, STANDARD_TILE_PX, mpp)
+    if found is None:
+        return 0
+    grid, side = found
+    return positions.count(mask, cell, (slide.width_px, slide.height_px), side, grid, STANDARD_MIN_TISSUE)
+
+
+def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
+    """Write slides.csv, masks.npy and, last, index.json from the parts."""
+    rows, masks, start = [], [], 0
+    for row in cohort:
+        result = found[row.slide_id]
+        if isinstance(result, str):
+            rows.append({"status": "quarantined", "reason": result})
+            continue
+        with np.load(result, allow_pickle=False) as part:
+            facts = {key: part[key].item() for key in part.files if key != "mask"}
+            mask = part["mask"]
+        rows.append({"status": "ok", **facts, "mask_start": start, "mask_words": mask.shape[1]})
+        masks.append(mask.reshape(-1))
+        start += mask.size
+    reasons = [row["reason"] for row in rows if row["status"] != "ok"]
+    if len(reasons) == len(rows):
+        raise InputError(
+            f"none of the {len(rows)} slides of {cohort.name} can be used. The first: " + "; ".join(reasons[:3])
+        )
+    facts = pd.DataFrame(rows).reindex(columns=_columns(rows))
+    facts[WHOLE] = facts[WHOLE].astype("Int64")
+    kept = cohort.table.drop(columns=[column for column in facts if column in cohort.table])
+    with atomic(folder / "masks.npy") as file:
+        np.save(file, np.concatenate(masks))
+    with atomic_path(folder / "slides.csv") as path:
+        pd.concat([kept, facts], axis=1).to_csv(path, index=False)
+    write_json(folder / "index.json", {"version": VERSION, "cohort": cohort.name, "slides": len(rows)})
