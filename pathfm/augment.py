@@ -115,21 +115,23 @@ def effective_mpp(mpp: Tensor, boxes: Tensor, px: int) -> Tensor:
     return mpp * (boxes[:, 2] * boxes[:, 3]).sqrt() / px
 
 
-def scale_table(config: PretrainConfig) -> pd.DataFrame:
-    """The scales that the ViT sees, by tile mpp and kind of view: effective mpp and field in um.
+def scale_table(config: PretrainConfig, boxes: int = 4096) -> pd.DataFrame:
+    """The scales that the ViT sees, by tile mpp and kind of view: effective mpp and the field of view in um.
 
-    Least, median and greatest of the crops' law, ratio left aside.
+    Least, median and greatest of that many crops, drawn from a fixed seed.
     """
     rows = []
-    for mpp in config.mpp:
-        for view, scale, px in (
-            ("global", config.global_scale, config.global_px),
-            ("local", config.local_scale, config.local_px),
-        ):
-            sides = [math.sqrt(area) * config.tile_px for area in (scale[0], sum(scale) / 2, scale[1])]
-            rows.append([mpp, view, px, *(mpp * side / px for side in sides), mpp * sides[1]])
+    for view, scale, px in (
+        ("global", config.global_scale, config.global_px),
+        ("local", config.local_scale, config.local_px),
+    ):
+        drawn = random_boxes(boxes, config.tile_px, scale, torch.Generator().manual_seed(0))
+        step = effective_mpp(torch.ones(boxes), drawn, px)
+        for mpp in config.mpp:
+            least, median, greatest = (mpp * float(q) for q in (step.min(), step.median(), step.max()))
+            rows.append([mpp, view, px, least, median, greatest, median * px])
     names = ["tile_mpp", "view", "view_px", "mpp_least", "mpp_median", "mpp_greatest", "field_um_median"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=names).sort_values(["tile_mpp", "view"], ignore_index=True)
 
 
 def crop(tiles: Tensor, boxes: Tensor, flips: Tensor, px: int) -> Tensor:

@@ -16,7 +16,7 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Ten
 
     Caron et al. 2021, eq. 1 and algorithm 1.
     """
-    log_p = F.log_softmax(student.float() / temperature, dim=-1)
+    log_p = F.log_softmax(full(student) / temperature, dim=-1)
     pairs = -torch.einsum("gbk,vbk->gv", teacher, log_p) / student.shape[1]
     same = torch.eye(len(teacher), len(student), dtype=torch.bool, device=pairs.device)
     return pairs[~same].mean()
@@ -27,14 +27,19 @@ def sharpened(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
 
     Centring works against one prototype for all, sharpening against all prototypes equally (section 5.3).
     """
-    return F.softmax((logits.float() - centre) / temperature, dim=-1)
+    return F.softmax((full(logits) - centre) / temperature, dim=-1)
 
 
 def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     """The centre (K,) after a batch of teacher logits (G, B, K): a moving average of their mean. Eq. 4."""
-    return torch.lerp(logits.float().flatten(0, -2).mean(0), centre, momentum)
+    return torch.lerp(full(logits).flatten(0, -2).mean(0), centre, momentum)
 
 
 def entropy(p: Tensor) -> Tensor:
     """Entropy in nats of probabilities (..., K), over the last axis; log K where they are uniform."""
     return -torch.xlogy(p, p).sum(-1)
+
+
+def full(x: Tensor) -> Tensor:
+    """`x` in float32 at least: half precisions cannot hold a softmax over many prototypes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

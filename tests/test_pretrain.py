@@ -1,0 +1,449 @@
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from structured_tiles import StructuredTiles
+
+from pathfm import checkpoint, storage
+from pathfm.augment import MultiCrop
+from pathfm.config import SMOKE, PretrainConfig
+from pathfm.dino import Dino, clip_gradients
+from pathfm.errors import InputError
+from pathfm.export import load
+from pathfm.logbook import Logbook
+from pathfm.pretrain import CHECKPOINT, Run, Training, key, pretrain
+from pathfm.schedules import cosine, schedule
+from pathfm.watches import Watch
+
+TINY = {
+    "mpp": (1.0, 2.0), "tile_px": 36, "global_px": 32, "local_px": 16, "local_views": 2, "init": "random",
+    "depth": 2, "width": 32, "heads": 2, "drop_path": 0.2, "prototypes": 32, "head_hidden": 32, "head_bottleneck": 16,
+    "head_norm": True, "momentum": 0.9, "steps": 8, "batch_size": 4, "base_lr": 0.064, "precision": "float32",
+    "device": "cpu", "threads": 1, "checkpoint_every": 3, "watch_every": 4, "watch_tiles": 40,
+}  # fmt: skip
+
+
+def tiny(**fields) -> PretrainConfig:
+    return PretrainConfig.of(**{**TINY, **fields})
+
+
+def numbers(folder: Path) -> tuple[bytes, bytes, bytes]:
+    """Everything a run must repeat bit for bit."""
+    return tuple((folder / name).read_bytes() for name in ("log.csv", "watches.csv", "teacher/model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    """An uninterrupted tiny run, watched."""
+    return pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path_factory.mktemp("whole"))
+
+
+# What is asked for
+
+
+def test_the_defaults_are_the_published_ones():
+    config = PretrainConfig()
+    assert (config.prototypes, config.momentum, config.teacher_temperature, config.clip) == (65536, 0.996, 0.04, 3.0)
+    assert (config.global_scale, config.local_scale, config.local_views) == ((0.4, 1.0), (0.05, 0.4), 8)
+    assert config.lr == 5e-4 and config.replace(batch_size=512).lr == 1e-3
+    assert all(field.metadata["help"] for field in dataclasses.fields(config))
+
+
+def test_an_unknown_field_offers_the_nearest():
+    with pytest.raises(InputError, match=r"no field 'base_Ir'.*Did you mean 'base_lr'"):
+        PretrainConfig.of(base_Ir=1e-3)
+
+
+def test_json_and_papermill_values_become_the_fields_types():
+    config = PretrainConfig.of(mpp=0.5, global_scale=[0.32, 1], clip=3)
+    assert config.mpp == (0.5,) and config.global_scale == (0.32, 1.0) and type(config.clip) is float
+    assert PretrainConfig.of(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"steps": 0}, "steps=0 must be above 0"),
+        ({"steps": 2.5}, "steps=2.5 is no int"),
+        ({"head_norm": 1}, "head_norm=1 is no bool"),
+        ({"momentum": 1.2}, "momentum=1.2 must be within 0 and 1"),
+        ({"workers": -1}, "workers=-1 must not be negative"),
+        ({"mpp": ()}, "must be microns per pixel"),
+        ({"mpp": "fine"}, "mpp='fine' is no tuple"),
+        ({"global_scale": (1.0, 0.4)}, "must rise"),
+        ({"blur": (0.5,)}, "must have 3 numbers"),
+        ({"hue": 0.7}, "at most 0.5"),
+        ({"width": 100, "heads": 3}, "no multiple of heads=3"),
+        ({"batch_size": 1, "head_norm": True}, "BatchNorm"),
+        ({"precision": "float16"}, "precision='float16' is unknown"),
+        ({"device": "gpu"}, "device='gpu' is unknown"),
+    ],
+)
+def test_values_that_cannot_work_are_named(fields, message):
+    with pytest.raises(InputError, match=message):
+        PretrainConfig.of(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"global_px": 40}, "40 px is no multiple of the patch of 16 px; take 32 or 48"),
+        ({"local_px": 24}, "local_px 24 px is no multiple"),
+        ({"tile_px": 64}, "tiles are 36 px, but tile_px=64"),
+        ({"model": "vit_smal_patch16_224"}, "Did you mean 'vit_small_patch16_224'"),
+        ({"device": "mps" if not torch.backends.mps.is_available() else "cuda"}, "not on this machine"),
+    ],
+)
+def test_a_config_that_does_not_fit_stops_before_training(fields, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        pretrain(tiny(**fields), StructuredTiles(), folder=tmp_path)
+    assert not (tmp_path / "log.csv").exists()
+
+
+@pytest.mark.parametrize("length, message", [(3, "fewer than a batch"), (31, "fewer than 8 steps")])
+def test_a_stream_with_too_few_tiles_says_how_many(length, message, tmp_path):
+    with pytest.raises(InputError, match=f"{length} tiles, {message}"):
+        pretrain(tiny(), StructuredTiles(length=length), folder=tmp_path)
+
+
+# Schedules, averages, groups
+
+
+def test_schedules_equal_the_authors_code():
+    """np.linspace warm-up, then half a cosine, as utils.cosine_scheduler of facebookresearch/dino."""
+    steps, warmup = 100, 10
+    iters = np.arange(steps - warmup)
+    want = np.concatenate(
+        [np.linspace(0, 5e-4, warmup), 1e-6 + 0.5 * (5e-4 - 1e-6) * (1 + np.cos(np.pi * iters / len(iters)))]
+    )
+    assert [cosine(s, steps, 5e-4, 1e-6, warmup) for s in range(steps)] == pytest.approx(want.tolist(), rel=1e-12)
+
+
+def test_schedule_of_a_run():
+    config = tiny(steps=100, momentum=0.9, warmup=0.1, freeze_last_layer=0.03, temperature_warmup=0.2,
+                  teacher_temperature_start=0.04, teacher_temperature=0.07)  # fmt: skip
+    first, middle, last = (schedule(config, step) for step in (0, 50, 99))
+    assert (first.lr, first.weight_decay, first.momentum) == pytest.approx((0, 0.04, 0.9))
+    assert max(schedule(config, s).lr for s in range(100)) == pytest.approx(config.lr)
+    assert middle.weight_decay == pytest.approx(0.22) and middle.momentum == pytest.approx(0.95)
+    assert last.momentum == pytest.approx(1 - 0.05 * (1 + math.cos(math.pi * 0.99)))
+    assert [schedule(config, s).freeze_last_layer for s in range(5)] == [True, True, True, False, False]
+    warm = np.linspace(0.04, 0.07, 20).tolist()
+    assert [schedule(config, s).teacher_temperature for s in range(20)] == pytest.approx(warm)
+    assert last.teacher_temperature == 0.07
+
+
+def one_step(training: Training, step: int) -> dict[str, float]:
+    batch = next(iter(training._batches(StructuredTiles())))
+    return training._one(step, batch, MultiCrop(training.config))
+
+
+def test_teacher_is_the_moving_average_of_the_student_and_starts_equal(tmp_path):
+    training = Training(tiny(), [], tmp_path)
+    teacher, student = training.model.teacher.state_dict(), training.model.student.state_dict()
+    assert all(torch.equal(teacher[name], student[name]) for name in teacher)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    want = teacher[name].double().clone()
+    for step in range(4):
+        row = one_step(training, step)
+        after = training.model.student.state_dict()[name].double()
+        want = row["momentum"] * want + (1 - row["momentum"]) * after
+    assert torch.allclose(training.model.teacher.state_dict()[name].double(), want, atol=1e-7)
+    assert not any(p.requires_grad for p in training.model.teacher.parameters())
+
+
+def test_no_weight_decay_on_biases_and_norms():
+    model = Dino(tiny(norm_last_layer=False))
+    decayed, bare = model.groups()
+    bare_ids = {id(p) for p in bare["params"]}
+    for name, p in model.student.named_parameters():
+        assert (id(p) in bare_ids) == (name.endswith("bias") or "norm" in name or p.ndim == 1), name
+    assert bare["weight_decay"] == 0 and "weight_decay" not in decayed
+    assert len(decayed["params"]) + len(bare["params"]) == len(list(model.student.parameters()))
+
+
+def test_gradients_are_clipped_parameter_by_parameter():
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(3)]
+    for p, size in zip(parameters, (0.1, 2.0, 50.0), strict=True):
+        p.grad = torch.randn(5) * size
+    before = [p.grad.clone() for p in parameters]
+    norm = clip_gradients(parameters, 3.0)
+    assert norm == pytest.approx(torch.cat(before).norm().item())
+    for p, was in zip(parameters, before, strict=True):
+        assert torch.allclose(p.grad, was * min(1, 3.0 / (was.norm() + 1e-6)))
+
+
+def test_prototypes_stand_still_as_long_as_they_are_frozen(tmp_path):
+    config = tiny(freeze_last_layer=3 / 8, warmup=0.0)
+    training = Training(config, [], tmp_path)
+    layer = training.model.student.head.last_layer.direction
+    start, moved = layer.detach().clone(), []
+    for step in range(5):
+        one_step(training, step)
+        moved.append(not torch.equal(layer, start))
+    assert moved == [False, False, False, True, True]
+    assert torch.equal(training.model.student.head.last_layer.length, torch.ones(32, 1))
+
+
+def test_only_the_student_drops_blocks():
+    model = Dino(tiny(drop_path=0.5)).train()
+    rates = {who: {getattr(m, "drop_prob", 0.0) for m in part.modules()} for who, part in model.named_children()}
+    assert rates["student"] == {0.0, 0.5} and rates["teacher"] == {0.0}
+
+
+def test_every_step_has_its_own_randomness():
+    seeds = {key(seed, purpose, step) for seed in range(3) for purpose in range(3) for step in range(200)}
+    assert len(seeds) == 3 * 3 * 200 and key(1, 2, 3) == key(1, 2, 3)
+
+
+# A run
+
+
+def test_a_run_tells_its_story(whole):
+    assert whole.log["step"].tolist() == list(range(1, 9))
+    told = {"loss", "lr", "weight_decay", "momentum", "teacher_entropy", "grad_norm", "tiles_per_s", "data_wait"}
+    assert told <= set(whole.log) and whole.log.notna().all().all()
+    assert whole.log["teacher_entropy"].between(0, math.log(32)).all()
+    assert whole.log["mpp_global"].between(0.6, 2.3).all() and whole.log["mpp_local"].between(0.4, 3.0).all()
+    assert whole.watches["step"].tolist() == [0, 4, 8]
+    assert {"teacher_entropy", "rankme", "n", "d", "odcorr", "odcorr_floor"} <= set(whole.watches)
+    params = whole.params
+    assert params["init"] == "random weights" and params["config"]["width"] == 32
+    assert (params["device"], params["precision"], params["attention"]) == ("cpu", "float32", "plain")
+    assert params["sessions"][0]["from_step"] == 0 and "commit" in params["sessions"][0]
+    assert {row["view"] for row in params["scales"]} == {"global", "local"}
+
+
+def test_the_exported_teacher_is_the_checkpoints(whole):
+    tensors, state = checkpoint.load(whole.folder / CHECKPOINT)
+    assert state["step"] == 8
+    for name, value in whole.backbone.state_dict().items():
+        assert torch.equal(value, tensors[f"teacher.backbone.{name}"])
+    x = torch.rand(2, 3, 32, 32)
+    theirs = timm.create_model(f"local-dir:{whole.teacher}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(x), load(whole.teacher)[0](x))
+
+
+def test_a_finished_run_is_returned_as_it_is(whole):
+    before = (whole.folder / CHECKPOINT).stat().st_mtime_ns
+    again = pretrain(tiny(), StructuredTiles(), folder=whole.folder)
+    assert (whole.folder / CHECKPOINT).stat().st_mtime_ns == before
+    pd.testing.assert_frame_equal(again.log, whole.log)
+
+
+def test_without_a_folder_the_cache_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path))
+    runs = [pretrain(tiny(steps=1, seed=seed), StructuredTiles()) for seed in (0, 1, 0)]
+    assert runs[0].folder == runs[2].folder != runs[1].folder and runs[0].folder.is_relative_to(tmp_path)
+
+
+def test_another_seed_is_another_run_and_the_callers_generator_is_left_alone(whole, tmp_path):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    other = pretrain(tiny(seed=1), StructuredTiles(), folder=tmp_path)
+    assert torch.equal(torch.rand(3), wanted)
+    assert (other.log["loss"] - whole.log["loss"]).abs().min() > 0
+
+
+def test_bfloat16_follows_float32(whole, tmp_path):
+    half = pretrain(tiny(precision="bfloat16", watch_every=0), StructuredTiles(), folder=tmp_path)
+    assert half.params["precision"] == "bfloat16"
+    assert (half.log["loss"] - whole.log["loss"]).abs().max() < 0.2
+    assert load(half.teacher)[0].cls_token.dtype == torch.float32
+
+
+def test_structured_tiles_bring_the_loss_below_that_of_no_opinion(tmp_path):
+    config = tiny(steps=100, batch_size=16, base_lr=0.016, momentum=0.95, drop_path=0.0, watch_every=0)
+    log = pretrain(config, StructuredTiles(), folder=tmp_path).log
+    assert log["loss"].tail(10).mean() < math.log(32) - 0.3
+    assert log["prototype_entropy"].tail(10).mean() > 0.5  # more than one prototype is in use
+
+
+# Going on
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(step, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), StructuredTiles(breaks_at=4 * step + 1 + (step == 0) * 7), StructuredTiles(seed=1), tmp_path)
+    run = pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
+    assert numbers(run.folder) == numbers(whole.folder)
+    if step >= 3:
+        assert [s["from_step"] for s in run.params["sessions"]] == [0, step // 3 * 3]
+
+
+@pytest.mark.parametrize("rows, workers", [(2, 0), (9, 2)])
+def test_a_run_killed_from_outside_goes_on_to_the_same_bits(rows, workers, tmp_path):
+    config = tiny(steps=14)
+    script = (
+        "import sys; from structured_tiles import StructuredTiles as S; from pathfm.pretrain import *\n"
+        f"pretrain(PretrainConfig.of(**{dataclasses.asdict(config)!r}), S(seconds=0.02), S(seed=1), sys.argv[1])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "killed")], cwd=Path(__file__).parent)
+    log = tmp_path / "killed" / "log.csv"
+    while not log.exists() or log.read_text().count("\n") < rows + 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "teacher").exists()
+    pretrain(config.replace(workers=workers), StructuredTiles(), StructuredTiles(seed=1), tmp_path / "killed")
+    pretrain(config, StructuredTiles(), StructuredTiles(seed=1), tmp_path / "whole")
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+
+
+def test_workers_change_no_number(whole, tmp_path):
+    run = pretrain(tiny(workers=2), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
+    assert numbers(run.folder) == numbers(whole.folder)
+
+
+@pytest.mark.parametrize("field, value", [("base_lr", 0.01), ("steps", 9), ("mpp", (0.5,)), ("seed", 4)])
+def test_a_checkpoint_of_another_config_names_the_field(field, value, whole):
+    with pytest.raises(InputError, match=rf"made with {field}=.*new folder"):
+        pretrain(tiny(**{field: value}), StructuredTiles(), folder=whole.folder)
+
+
+def test_a_checkpoint_of_another_stream_is_refused(whole):
+    class Shifted(StructuredTiles):
+        def __getitem__(self, i):
+            return super().__getitem__(i + 1)
+
+    with pytest.raises(InputError, match="another tile stream"):
+        pretrain(tiny(), Shifted(), folder=whole.folder)
+
+
+def damaged(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "one bit":
+        content[-1000] ^= 1
+    elif how == "empty":
+        content = b""
+    elif how == "foreign":
+        content = safetensors.torch.save({"w": torch.zeros(2)})
+    elif how == "pickle":
+        torch.save({"step": 3}, path)
+        return
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "empty", "foreign", "pickle"])
+def test_a_damaged_checkpoint_is_named_and_never_unpickled(how, whole, tmp_path, monkeypatch):
+    (tmp_path / CHECKPOINT).write_bytes((whole.folder / CHECKPOINT).read_bytes())
+    damaged(tmp_path / CHECKPOINT, how)
+    monkeypatch.setattr("pickle.Unpickler", None)
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors.*(damaged|not a checkpoint).*start over"):
+        pretrain(tiny(), StructuredTiles(), folder=tmp_path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch, whole):
+    opened = []
+
+    @contextlib.contextmanager
+    def filling(path):
+        with storage.atomic(path) as file:
+            opened.append(path)
+            if len(opened) == 2:
+                file.write(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield file
+
+    monkeypatch.setattr(checkpoint, "atomic", filling)
+    with pytest.raises(InputError, match=r"no space left while writing .*checkpoint"):
+        pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
+    assert checkpoint.load(tmp_path / CHECKPOINT)[1]["step"] == 3
+    assert not list(tmp_path.glob(".*partial*"))
+    monkeypatch.undo()
+    pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
+    assert numbers(tmp_path) == numbers(whole.folder)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="another run is at work"):
+        pretrain(tiny(), StructuredTiles(), folder=tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_remedies(tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: loss .* lower base_lr .* precision='float32'"):
+        pretrain(tiny(base_lr=1e30, warmup=0.0, checkpoint_every=1), StructuredTiles(), folder=tmp_path)
+    tensors, _ = checkpoint.load(tmp_path / CHECKPOINT)
+    assert Run(tmp_path).log["loss"].notna().all() and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_logbook_forgets_what_came_after_its_step(tmp_path):
+    book = Logbook(tmp_path / "log.csv", 0)
+    for step in range(1, 6):
+        book.add({"step": step, "loss": 1 / 3 * step})
+    book.close()
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("6,0.1")  # cut off in the middle
+    Logbook(tmp_path / "log.csv", 3).close()
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["step"].tolist() == [1, 2, 3] and log["loss"].tolist() == [1 / 3, 2 / 3, 1.0]
+
+
+# Watches
+
+
+class Tiles:
+    """Enough of a TileSet: images of structured tiles with labels and roles."""
+
+    def __init__(self, folder: Path, roles: tuple[str, ...] = ("probe-train", "validate", "test")):
+        rows = []
+        for i in range(60):
+            tile = StructuredTiles(seed=2)[i]
+            Image.fromarray(tile.image).save(folder / f"{i}.png")
+            rows.append({"path": str(folder / f"{i}.png"), "label": tile.slide_id, "role": roles[i % len(roles)]})
+        self.table = pd.DataFrame(rows)
+
+
+def test_a_watch_looks_at_validate_and_compares_with_probe_train_only(tmp_path):
+    tiles = Tiles(tmp_path)
+    for path in tiles.table.loc[tiles.table["role"] == "test", "path"]:
+        Path(path).unlink()  # a watch that read test tiles would fail
+    watch = Watch.of(tiles, 100)
+    assert len(watch.images) == len(watch.bank) == 20
+    assert Watch.of(tiles, 7).images.shape == (7, 36, 36, 3)
+    with pytest.raises(InputError, match="none of role 'validate'"):
+        Watch.of(Tiles(tmp_path, ("probe-train", "test")), 100)
+
+
+def test_a_watch_changes_nothing_and_knows_collapse(tmp_path):
+    pytest.importorskip("pathfm.probe")
+    config = tiny()
+    torch.manual_seed(0)
+    model, watch = Dino(config).train(), Watch.of(Tiles(tmp_path), 100)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    healthy = watch.look(model, config)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert 0 <= healthy["knn"] <= 1 and healthy["n"] == 20 and healthy["d"] == 32
+    torch.nn.init.zeros_(model.teacher.backbone.norm.weight)
+    torch.nn.init.normal_(model.teacher.backbone.norm.bias)
+    collapsed = watch.look(model, config)
+    assert collapsed["rankme"] == pytest.approx(1, abs=0.01) and healthy["rankme"] > 2
+    assert collapsed["constants"] == 32
+
+
+def test_smoke_is_small():
+    config = PretrainConfig.of(**SMOKE)
+    assert config.steps * config.batch_size <= 1000 and config.precision == "float32" and config.init == "random"
