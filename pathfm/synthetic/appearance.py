@@ -40,7 +40,7 @@ class Knobs:
     fine_cues: str = "default"  # what tells classes apart below 2 um: chromatin, nucleoli, outline
     coarse_cues: str = "default"  # what tells classes apart above 50 um: glands, fascicles
     proportions: str = "off"  # class proportions that differ between centres
-    artefacts: str = "default"  # pen, folds, bubbles, blur
+    artefacts: str = "default"  # pen, folds, bubbles, blur: on none, two in five or four in five slides
     scanner_share: float = 0.5  # of the centre effect's variance: 0 all stain, 1 all scanner
 
     def __post_init__(self):
@@ -90,9 +90,9 @@ STAIN = {
 }
 SCANNER = {
     "gamma": Latent(1.0, 0.10, low=0.7, high=1.4),
-    "white_red": Latent(244, 0.012, high=254),
-    "white_green": Latent(243, 0.010, high=254),
-    "white_blue": Latent(245, 0.012, high=254),
+    "white_red": Latent(243, 0.007, high=254),
+    "white_green": Latent(242, 0.006, high=254),
+    "white_blue": Latent(243, 0.007, high=254),
     "blur_um": Latent(0.34, 0.25, low=0.15, high=0.8),  # standard deviation of the point spread
     "sharpen": Latent(0.45, 0.35, log=False, low=0.0, high=1.6),
     "noise": Latent(1.5, 0.35, low=0.3, high=4.0),  # grey levels
@@ -102,7 +102,6 @@ TISSUE = {
     f.name: Latent(f.default, *(f.metadata[key] for key in ("sd", "log", "low", "high")))
     for f in fields(TissueParams)
 }
-FINE = [f.name for f in fields(TissueParams) if f.metadata["scale"] == "fine"]
 VARIANTS = 40
 # What a class loses when a family of cues is off; "strong" moves it as far the other way.
 _NEUTRAL = {
@@ -140,22 +139,29 @@ def _z(origin: Origin, tag: str, level: str, size: int, *more: int) -> np.ndarra
     return all_[origin.centre]
 
 
-def components(origin: Origin, tag: str, names: list[str], knobs: Knobs) -> dict[str, np.ndarray]:
-    """What each level adds to the latents `names` of `tag`, in standard deviations: level -> (len(names),)."""
-    parts = {}
-    for level, share in SHARES[tag].items():
-        if level == "variants" or (level == "region" and tag != "tissue"):
-            continue
-        strength = knobs.strength(level)
-        if level == "centre" and tag in ("stain", "scanner"):
-            part = knobs.scanner_share if tag == "scanner" else 1 - knobs.scanner_share
-            strength *= np.sqrt(2 * part)
-        parts[level] = np.sqrt(share) * strength * _z(origin, tag, level, len(names))
-    return parts
+def components(origin: Origin, tag: str, knobs: Knobs) -> dict[str, np.ndarray]:
+    """What centre, patient and slide add to each latent of `tag` ("tissue", "stain", "scanner" or "shares").
+
+    Level -> one value per latent, in standard deviations. The variants and regions of tissue, drawn per class,
+    and the regions of stain, a field over the slide, come on top.
+    """
+    strength = {level: knobs.strength(level) for level in ("centre", "patient", "slide")}
+    if tag == "stain":
+        strength["centre"] *= np.sqrt(2 * (1 - knobs.scanner_share))
+    elif tag == "scanner":
+        strength["centre"] *= np.sqrt(2 * knobs.scanner_share)
+    elif tag == "shares":
+        strength["centre"] = knobs.strength("proportions")
+    size = {"tissue": len(TISSUE), "stain": len(STAIN), "scanner": len(SCANNER), "shares": len(CLASSES)}[tag]
+    return {
+        level: np.sqrt(share) * strength[level] * _z(origin, tag, level, size)
+        for level, share in SHARES[tag].items()
+        if level in strength
+    }
 
 
 def _latents(origin: Origin, tag: str, table: dict[str, Latent], knobs: Knobs) -> dict[str, float]:
-    total = sum(components(origin, tag, list(table), knobs).values())
+    total = sum(components(origin, tag, knobs).values())
     return {name: float(latent.value(z)) for (name, latent), z in zip(table.items(), total, strict=True)}
 
 
@@ -171,10 +177,10 @@ def scanner(origin: Origin, knobs: Knobs) -> dict[str, float]:
 
 def region_sd(knobs: Knobs) -> float:
     """Standard deviation of the smooth field that multiplies the dyes within a slide, of the logarithm."""
-    return 0.17 * np.sqrt(SHARES["stain"]["region"]) * knobs.strength("region")
+    return STAIN["h_strength"].sd * np.sqrt(SHARES["stain"]["region"]) * knobs.strength("region")
 
 
-def variant(origin: Origin, class_name: str, knobs: Knobs) -> int:
+def variant(origin: Origin, class_name: str) -> int:
     """Which of the VARIANTS this patient's `class_name` shows; frequencies fall as 1 / rank (Zipf)."""
     weights = 1 / np.arange(1, VARIANTS + 1)
     rng = _rng(origin, "variant", "patient", CLASSES.index(class_name))
@@ -186,31 +192,27 @@ def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0, nucleoli: float = 
 
     immune, nucleoli   the label latents B1 and B2 (standard normal), added to inflammation and tumour nucleoli
     """
-    names = list(TISSUE)
-    shared = components(origin, "tissue", names, knobs)
-    region = shared.pop("region")
+    shared = sum(components(origin, "tissue", knobs).values())
     built = {}
     for index, class_name in enumerate(CLASSES):
-        which = variant(origin, class_name, knobs)
-        form = np.random.default_rng([_TAG["variant"], index, which]).standard_normal(len(names))
-        own = _z(origin, "tissue", "region", len(names), 1 + index) if knobs.strength("region") else region
-        z = sum(shared.values())
-        z = z + np.sqrt(SHARES["tissue"]["variants"]) * knobs.strength("variants") * form
-        z = z + np.sqrt(SHARES["tissue"]["region"]) * knobs.strength("region") * own
-        z[names.index("inflammation")] += 1.4 * immune
+        which = variant(origin, class_name)
+        form = np.random.default_rng([_TAG["variant"], index, which]).standard_normal(len(TISSUE))
+        region = _z(origin, "tissue", "region", len(TISSUE), index)
+        z = shared + np.sqrt(SHARES["tissue"]["variants"]) * knobs.strength("variants") * form
+        z = dict(zip(TISSUE, z + np.sqrt(SHARES["tissue"]["region"]) * knobs.strength("region") * region, strict=True))
+        z["inflammation"] += 1.4 * immune
         if class_name == "tumour":
-            z[names.index("nucleoli")] += 1.2 * nucleoli
-        values = {name: float(TISSUE[name].value(z[i])) for i, name in enumerate(names)}
-        if class_name == "tumour" and knobs.strength("variants") and which % 6 == 5:
+            z["nucleoli"] += 1.2 * nucleoli
+        values = {name: float(latent.value(z[name])) for name, latent in TISSUE.items()}
+        if class_name == "tumour" and knobs.variants != "off" and which % 6 == 5:
             values["small_cell"] = 1.0
         built[class_name] = TissueParams(**_cued(values, knobs))
     return built
 
 
 def _cued(values: dict[str, float], knobs: Knobs) -> dict[str, float]:
-    values["pleomorphism"] = float(TISSUE["pleomorphism"].value(0)) * 0 if knobs.nucleus == "off" else (
-        values["pleomorphism"] * knobs.strength("nucleus")
-    )
+    """`values` with the cues that a knob governs turned down or up."""
+    values["pleomorphism"] *= knobs.strength("nucleus")
     for knob, neutral in _NEUTRAL.items():
         strength = knobs.strength(knob)
         for name, base in neutral.items():
@@ -221,11 +223,7 @@ def _cued(values: dict[str, float], knobs: Knobs) -> dict[str, float]:
 
 def shares(origin: Origin, typical: dict[str, float], knobs: Knobs) -> dict[str, float]:
     """Wanted fraction of each class on one slide. Centres differ only with the knob `proportions`."""
-    parts = components(origin, "shares", list(typical), knobs)
-    parts["centre"] = np.sqrt(SHARES["shares"]["centre"]) * knobs.strength("proportions") * _z(
-        origin, "shares", "centre", len(typical)
-    )
-    factor = np.exp(0.35 * sum(parts.values()))
+    factor = np.exp(0.35 * sum(components(origin, "shares", knobs).values()))
     return {name: float(value * f) for (name, value), f in zip(typical.items(), factor, strict=True)}
 
 

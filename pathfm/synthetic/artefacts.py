@@ -20,9 +20,12 @@ INKS = {
 }
 
 
-def draw(rng: np.random.Generator, kinds: tuple[str, ...], tissue: np.ndarray) -> Artefacts:
-    """Artefacts of the given kinds on a slide whose tissue mask, on the MAP_UM grid, is `tissue`."""
-    marks = Artefacts(tissue.shape)
+def draw(rng: np.random.Generator, kinds: tuple[str, ...], tissue: np.ndarray, turn: int = 0) -> Artefacts:
+    """Artefacts of the given kinds on a slide whose tissue mask, on the MAP_UM grid, is `tissue`.
+
+    turn   the slide's number: pens change their ink and what they draw from slide to slide
+    """
+    marks = Artefacts(tissue.shape, turn)
     for kind in KINDS:
         if kind in kinds:
             _DRAW[kind](marks, rng, tissue)
@@ -32,7 +35,8 @@ def draw(rng: np.random.Generator, kinds: tuple[str, ...], tissue: np.ndarray) -
 class Artefacts:
     """Fields on the MAP_UM grid from which any window is spoilt; `mask` (h, w) uint8 of FLAG bits is the truth."""
 
-    def __init__(self, shape: tuple[int, int]):
+    def __init__(self, shape: tuple[int, int], turn: int = 0):
+        self.turn = turn
         self.mask = np.zeros(shape, np.uint8)
         self.ink: np.ndarray | None = None  # (h, w) float32, amount of ink
         self.ink_od = np.zeros(3, np.float32)
@@ -108,7 +112,7 @@ def _pen(marks: Artefacts, rng: np.random.Generator, tissue: np.ndarray) -> None
     side = min(height, width)
     pen_um = rng.uniform(0.045, 0.075) * min(side, 2400)
     strokes = []
-    style = rng.choice(["loop", "ticks", "line"])
+    style = ("loop", "ticks", "line")[marks.turn % 3]
     wobble = lambda n: np.cumsum(rng.normal(0, 0.006 * side, (n, 2)), 0)  # noqa: E731
     if style == "loop":
         turn = np.linspace(0, 2 * np.pi * rng.uniform(0.85, 1.05), 40) + rng.uniform(0, 6.3)
@@ -134,7 +138,7 @@ def _pen(marks: Artefacts, rng: np.random.Generator, tissue: np.ndarray) -> None
     patchy = 0.75 + 0.16 * smooth_noise(rng, tissue.shape, 60) + 0.06 * smooth_noise(rng, tissue.shape, 9)
     ink = cv2.GaussianBlur(ink * np.clip(patchy, 0.35, 1.3) + 0.5 * rim, (0, 0), 3.0)
     marks.ink = np.where(ink > 0.02, ink, 0).astype(np.float32)
-    marks.ink_od = np.float32(INKS[rng.choice(list(INKS))]) * np.float32(rng.uniform(0.75, 1.1))
+    marks.ink_od = np.float32(list(INKS.values())[marks.turn % len(INKS)]) * np.float32(rng.uniform(0.75, 1.1))
     marks.mask[marks.ink > 0.12] |= FLAG["pen"]
 
 
@@ -150,7 +154,7 @@ def _fold(marks: Artefacts, rng: np.random.Generator, tissue: np.ndarray) -> Non
         pick = rng.integers(len(rows))
         middle = np.array([cols[pick], rows[pick]]) * MAP_UM
         length, steps = rng.uniform(0.25, 0.55) * side_um, 60
-        bend = np.cumsum(np.cumsum(rng.normal(0, 0.012, steps)))
+        bend = np.cumsum(np.cumsum(rng.normal(0, 0.005, steps)))
         heading = turn + rng.normal(0, 0.25) + bend - bend[steps // 2]
         path = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], 1) * length / steps, 0)
         path += middle - path[steps // 2]
@@ -175,7 +179,7 @@ def _bubble(marks: Artefacts, rng: np.random.Generator, tissue: np.ndarray) -> N
     height, width = tissue.shape
     y, x = np.mgrid[:height, :width].astype(np.float32)
     inside = np.full(tissue.shape, -np.inf, np.float32)
-    sway = smooth_noise(rng, tissue.shape, 90 / MAP_UM) * 6
+    sway = smooth_noise(rng, tissue.shape, 400 / MAP_UM) * 7
     at = rng.uniform(0.15, 0.85, 2) * tissue.shape
     for index in range(int(rng.integers(2, 6))):
         radius = rng.uniform(0.055, 0.12) * min(height, width) * (1 if index == 0 else rng.uniform(0.15, 0.8))

@@ -20,7 +20,12 @@ from pathfm.synthetic.layout import KINDS
 from pathfm.synthetic.slides import SlideSpec, is_made, make_slide
 
 _OPTIONAL = ("necrosis", "mucus", "adipose", "muscle", None)  # which class a slide lacks, in turn
-_SPOILT = ((), ("pen",), (), ("fold",), (), ("bubble",), (), ("blur",), (), (), ())  # coprime to every other cycle
+# Artefacts of the slides in turn; the length is coprime to every other cycle.
+_SPOILT = {
+    "off": ((),),
+    "default": ((), ("pen",), (), ("fold",), (), ("bubble",), (), ("blur",), (), (), ()),
+    "strong": (("pen",), ("fold",), ("blur", "bubble"), ("pen", "fold"), ("bubble",), ("fold", "blur"), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def specs(name: str, seed: int = 0, knobs: Knobs | None = None) -> list[SlideSpe
 
 def _specs(name: str, design: Design, seed: int, knobs: Knobs) -> Iterator[SlideSpec]:
     patient = slide = 0
+    spoilt = _SPOILT[knobs.artefacts]
     for centre, roles in enumerate(design.roles):
         within = 0
         seen = {0.25: centre, 0.5: centre}  # pyramids alternate within a centre and resolution
@@ -96,7 +102,7 @@ def _specs(name: str, design: Design, seed: int, knobs: Knobs) -> Iterator[Slide
                     pyramid=("1-4-16", "1-2-4-8")[seen[mpp] % 2],
                     kind=KINDS[rng.choice(len(KINDS), p=[0.5, 0.3, 0.2])],
                     absent=(lacks,) if lacks else (),
-                    artefacts=_SPOILT[slide % len(_SPOILT)] if knobs.artefacts != "off" else (),
+                    artefacts=spoilt[slide % len(spoilt)],
                     patient_id=f"{name}-P{patient:03d}",
                     role=role,
                     knobs=knobs,

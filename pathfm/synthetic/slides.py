@@ -83,14 +83,14 @@ def tissue(spec: SlideSpec) -> Tissue:
     classes = layout.class_map(plot, _rng(spec, 0))
     params = appearance.tissue(spec.origin, spec.knobs, latent["B1"], latent["B2"])
     scene = painters.plan(classes, layout.MAP_UM, params, int(_rng(spec, 1).integers(1 << 31)))
-    marks = artefacts.draw(_rng(spec, 2), spec.artefacts, classes > 0)
+    marks = artefacts.draw(_rng(spec, 2), spec.artefacts, classes > 0, spec.origin.slide)
     latents = {
         "labels": labels,
         "label_latents": latent,
         "shares": wanted,
         "lymphocytes_um": distance,
         "tissue": {name: asdict(value) for name, value in params.items()},
-        "variants": {name: appearance.variant(spec.origin, name, spec.knobs) for name in painters.CLASSES},
+        "variants": {name: appearance.variant(spec.origin, name) for name in painters.CLASSES},
     }
     return Tissue(scene, marks, _gain(spec), latents)
 
