@@ -19,6 +19,7 @@ from pathfm.errors import InputError, nearest
 from pathfm.storage import progress
 
 FRACTIONS = {"probe-train": 0.6, "validate": 0.2, "test": 0.2}
+ORDERS = 20  # of units that a split tries before it gives up
 UNITS = {"tile": None, "patient": "patient_id", "centre": "centre"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validate", "validation", "test"}
@@ -177,7 +178,7 @@ def draw_roles(
 ) -> np.ndarray:
     """(n,) role of each row: whole units, in a seeded order, go where most is missing of their classes.
 
-    Raises InputError where a role would lack a class.
+    Raises InputError where no order leaves every class in every role.
     """
     column = _column(table, by)
     if not fractions or min(fractions.values()) <= 0 or not np.isclose(sum(fractions.values()), 1):
@@ -186,24 +187,30 @@ def draw_roles(
     classes, y = np.unique(table["label"].to_numpy(str), return_inverse=True)
     count = np.zeros((unit.max() + 1, len(classes)))  # tiles of each class in each unit
     np.add.at(count, (unit, y), 1)
-    share = count / count.sum(axis=0)
     names, target = list(fractions), np.array(list(fractions.values()))
-    missing = np.repeat(target[:, None], len(classes), axis=1)
-    role_of = np.empty(len(count), int)
-    shuffled = np.random.default_rng(seed).permutation(len(count))
-    for one in shuffled[np.argsort(-share[shuffled].sum(axis=1), kind="stable")]:
-        role_of[one] = np.argmax((missing / target[:, None]) @ share[one])
-        missing[role_of[one]] -= share[one]
-    role = role_of[unit]
-    for index, name in enumerate(names):
-        absent = np.setdiff1d(np.arange(len(classes)), y[role == index])
-        if len(absent):
-            label = classes[absent[0]]
-            raise InputError(
-                f"role {name} gets no tile of class {label}, which {int((count[:, absent[0]] > 0).sum())} "
-                f"{by}s hold; take another seed, other fractions or a finer unit than {by}"
-            )
-    return np.array(names)[role]
+    for attempt in range(ORDERS):
+        role = _assign(count, target, np.random.default_rng([seed, attempt]))
+        tiles = np.stack([count[role == index].sum(axis=0) for index in range(len(names))])
+        if tiles.all():
+            return np.array(names)[role[unit]]
+    lacking, absent = np.argwhere(tiles == 0)[0]
+    raise InputError(
+        f"role {names[lacking]} gets no tile of class {classes[absent]}: {np.count_nonzero(count[:, absent])} "
+        f"{by}(s) hold that class; take another seed, other fractions or a finer unit than {by}"
+    )
+
+
+def _assign(count: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(U,) role of each unit, from its tiles of each class (U, C) and each role's share (R,)."""
+    share = count / count.sum(axis=0)
+    missing = np.repeat(target[:, None], count.shape[1], axis=1)
+    role = np.empty(len(count), int)
+    order = rng.permutation(len(count))
+    size = np.round(np.log2(share.sum(axis=1)))  # the large ones first, and chance among those of a size
+    for one in order[np.argsort(-size[order], kind="stable")]:
+        role[one] = np.argmax((missing / target[:, None]) @ share[one])
+        missing[role[one]] -= share[one]
+    return role
 
 
 def _column(table: pd.DataFrame, by: str) -> str | None:

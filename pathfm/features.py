@@ -22,6 +22,7 @@ from pathfm.storage import atomic_path, cache_dir, progress, read_json, write_js
 
 FLOORS = ("chance", *DESCRIPTORS, "metadata")
 POOLS = ("cls", "mean", "both")
+NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # of a module; none changes what it computes
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,11 @@ def _extractor(model, tiles: TileSet, preprocess, pool: str, device: str) -> _Ex
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every weight and of the architecture that they sit in."""
+    """A hash of every weight and of the architecture that they sit in, down to what no weight shows (heads)."""
     digest = hashlib.blake2b(repr(model).encode(), digest_size=12)
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k not in NO_MATTER}
+        digest.update(f"{name} {sorted(plain.items())}".encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,263 @@
+"""Frozen features are those of the model, are computed once, and stand on floors."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from pathfm import descriptors, export, probe
+from pathfm.benchmarks import TileSet
+from pathfm.errors import InputError
+from pathfm.features import Features, extract, fingerprint, random_twin
+
+PX = 32
+
+
+def tiny_vit(seed=0, **settings):
+    torch.manual_seed(seed)
+    settings = {"img_size": PX, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, **settings}
+    return timm.create_model("vit_tiny_patch16_224", **settings).eval()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Reddish and bluish noise, twelve images each."""
+    rng = np.random.default_rng(0)
+    for label, tint in (("red", [90, 0, 0]), ("blue", [0, 0, 90])):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 160, (48, 48, 3)) + tint
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "set" / label / f"{i}.png")
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def tiles(folder):
+    return TileSet.from_folder(folder, mpp=0.5)
+
+
+def expected(model, tiles, pool):
+    x = export.Preprocess(PX)(np.stack([tiles.image(row) for row in range(len(tiles))]))
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+    cls, mean = tokens[:, 0], tokens[:, 1:].mean(dim=1)
+    return {"cls": cls, "mean": mean, "both": torch.cat([cls, mean], dim=1)}[pool].numpy()
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "both"])
+def test_features_are_the_models_whatever_the_batch(tiles, pool):
+    model = tiny_vit()
+    found = extract(model, tiles, pool=pool, batch_size=5)
+    assert found.x.dtype == np.float32
+    assert np.allclose(found.x, expected(model, tiles, pool), atol=1e-4)
+    assert found.provenance["effective_mpp"] == 0.5 * 48 / PX
+    assert found.y.tolist() == tiles.y.tolist()
+
+
+def test_registers_are_no_patches(tiles):
+    model = tiny_vit(reg_tokens=3)
+    tokens = model.forward_features(export.Preprocess(PX)(tiles.image(0)))
+    assert np.allclose(extract(model, tiles, pool="mean").x[0], tokens[0, 4:].mean(dim=0).detach().numpy(), atol=1e-4)
+
+
+def test_an_exported_folder_is_its_model(tiles, tmp_path):
+    model = tiny_vit()
+    found = extract(export.export(model, tmp_path / "backbone"), tiles)
+    assert np.allclose(found.x, extract(model, tiles).x, atol=1e-5)
+    assert found.name == "backbone"
+
+
+def test_a_long_tile_is_cut_to_its_middle_and_sizes_may_mix(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for i, shape in enumerate([(40, 60), (48, 48), (64, 40)]):
+            Image.fromarray(rng.integers(0, 255, (*shape, 3), np.uint8)).save(tmp_path / label / f"{i}.png")
+    tiles, model = TileSet.from_folder(tmp_path), tiny_vit()
+    middle = export.Preprocess(PX)(tiles.image(0)[:, 10:50])
+    with torch.no_grad():
+        wanted = model.forward_features(middle)[0, 0].numpy()
+    assert np.allclose(extract(model, tiles).x[0], wanted, atol=1e-4)
+    assert extract(model, tiles).provenance["effective_mpp"] is None  # the mpp of these tiles is not known
+
+
+class Counted:
+    """A model that counts its batches."""
+
+    def __init__(self, monkeypatch, model):
+        self.batches, forward = 0, model.forward_features
+
+        def counting(x):
+            self.batches += 1
+            return forward(x)
+
+        monkeypatch.setattr(model, "forward_features", counting)
+
+
+def test_features_are_computed_once(tiles, folder, monkeypatch):
+    model = tiny_vit()
+    counted = Counted(monkeypatch, model)
+    first = extract(model, tiles)
+    again = extract(model, tiles)
+    relabelled = replace(tiles, table=tiles.table.assign(label=["a", "b"] * 12))
+    assert extract(model, relabelled).y.tolist() == [0, 1] * 12
+    assert counted.batches == 1
+    assert isinstance(again.x, np.memmap)
+    assert np.array_equal(first.x, again.x)
+
+
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "pool", "pixels", "architecture"])
+def test_whatever_changes_features_misses_the_cache(change, tiles, folder, monkeypatch):
+    extract(tiny_vit(), tiles)
+    model, settings = tiny_vit(), {}
+    if change == "weights":
+        with torch.no_grad():
+            model.cls_token += 1e-3
+    if change == "architecture":
+        model = tiny_vit(num_heads=4)  # of the same weights
+    if change == "preprocessing":
+        settings = {"preprocess": export.Preprocess(PX, mean=(0.4, 0.5, 0.5))}
+    if change == "pool":
+        settings = {"pool": "mean"}
+    if change == "pixels":
+        Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(folder / "red" / "3.png")
+        tiles = TileSet.from_folder(folder, mpp=0.5)
+    counted = Counted(monkeypatch, model)
+    extract(model, tiles, **settings)
+    assert counted.batches == 1
+
+
+@pytest.mark.parametrize("spoil", ["array", "record", "shape"])
+def test_a_damaged_cache_is_made_again(spoil, tiles, cache):
+    model = tiny_vit()
+    x = extract(model, tiles).x.copy()
+    if spoil == "array":
+        next(cache.glob("*.npy")).write_bytes(b"\x93NUMPY")
+    if spoil == "record":
+        next(cache.glob("*.json")).write_text("{")
+    if spoil == "shape":
+        np.save(next(cache.glob("*.npy")), x[:5])
+    assert np.array_equal(extract(model, tiles).x, x)
+
+
+def test_a_killed_extraction_leaves_nothing(tiles, cache, monkeypatch):
+    model = tiny_vit()
+    forward, calls = model.forward_features, []
+
+    def dies(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(x)
+
+    monkeypatch.setattr(model, "forward_features", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, tiles, batch_size=4)
+    assert [p.suffix for p in cache.iterdir() if p.suffix != ".lock"] == []
+
+
+def test_features_that_are_not_finite_are_refused_by_name(tiles, cache):
+    model = tiny_vit()
+    with torch.no_grad():
+        model.cls_token[0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="features 'broken' hold NaN or infinity, first for blue/0.png"):
+        extract(model, tiles, name="broken")
+    assert not list(cache.glob("*.npy"))
+
+
+def test_wrong_calls_say_what_would_be_right(tiles):
+    with pytest.raises(InputError, match="unknown pool 'clss'. Did you mean 'cls'"):
+        extract(tiny_vit(), tiles, pool="clss")
+    with pytest.raises(InputError, match="neither a folder nor a floor. Did you mean 'colour'"):
+        extract("color", tiles)
+    with pytest.raises(InputError, match="no CLS token; take pool='mean'"):
+        extract(tiny_vit(class_token=False, global_pool="avg"), tiles)
+    with pytest.raises(InputError, match="refuses an input"):
+        extract(tiny_vit(), tiles, preprocess=export.Preprocess(64))
+    with pytest.raises(InputError, match="give preprocess"):
+        extract(torch.nn.Linear(2, 2), tiles)
+    other = TileSet("other", tiles.table.iloc[::-1].reset_index(drop=True))
+    with pytest.raises(InputError, match="belong to other images"):
+        extract("colour", tiles).of(other)
+
+
+def test_a_random_twin_has_the_architecture_and_no_weight():
+    model = tiny_vit(seed=7)
+    before = torch.random.get_rng_state()
+    twin = random_twin(model, seed=0)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert fingerprint(twin) == fingerprint(random_twin(model, seed=0)) != fingerprint(random_twin(model, seed=1))
+    for (name, old), new in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if old.std() > 0:  # a norm or a bias starts constant
+            assert not torch.equal(old, new), name
+    assert twin.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_trained_weight_does_not_survive_in_the_twin():
+    model = tiny_vit(init_values=1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    assert all((parameter != 7).all() for parameter in random_twin(model).parameters())
+
+
+def test_descriptors_on_images_that_can_be_worked_out():
+    grey = np.full((20, 20, 3), 51, np.uint8)
+    assert descriptors.colour(grey) == pytest.approx([0.2] * 3 + [0] * 3)
+    half = grey.copy()
+    half[:, :10] = [255, 0, 0]
+    histogram = descriptors.histogram(half)
+    assert histogram[[7 * 64, 64 + 8 + 1]] == pytest.approx([0.5**0.5] * 2)
+    assert (histogram**2).sum() == pytest.approx(1)
+    pattern = descriptors.lbp(grey).reshape(3, 10)
+    assert pattern.sum(axis=1) == pytest.approx([1] * 3)
+    assert descriptors.colour_lbp(half).shape == (36,)
+
+
+def test_lbp_sees_texture_that_colour_does_not():
+    rng = np.random.default_rng(0)
+    fine = rng.integers(0, 2, (96, 96, 1)).repeat(3, axis=2) * 100
+    coarse = np.kron(rng.integers(0, 2, (24, 24, 1)), np.ones((4, 4, 1))).repeat(3, axis=2) * 100
+    fine, coarse = fine.astype(np.uint8), coarse.astype(np.uint8)
+    assert np.abs(descriptors.colour(fine) - descriptors.colour(coarse)).max() < 0.02
+    assert np.abs(descriptors.lbp(fine) - descriptors.lbp(coarse)).max() > 0.2
+
+
+def test_every_floor_stands_beside_a_score(tiles):
+    tiles = tiles.split("tile")
+    table = probe.floors(tiles, tiny_vit()).set_index("features")
+    assert table.loc["chance", "balanced_accuracy"] == 0.5
+    assert table.loc["colour mean and spread", "balanced_accuracy"] == 1  # red against blue
+    assert "colour histogram" in table.index
+    assert "texture (LBP)" in table.index
+    assert "colour + LBP" in table.index
+    assert table.index.str.startswith("random weights").sum() == 1  # the best pool on validate
+    assert "size and mpp alone" not in table.index  # they do not vary
+    assert table["floor"].all()
+
+
+def test_metadata_are_a_floor_where_they_vary(tiles):
+    mpp = np.where(tiles.y == 0, 0.25, 0.5)
+    varied = replace(tiles, table=tiles.table.assign(mpp=mpp, magnification=["100x", "400X"] * 12)).split("tile")
+    assert extract("metadata", varied).x == pytest.approx(np.log(np.c_[mpp, [100, 400] * 12]), abs=1e-6)
+    assert probe.floors(varied).set_index("features").loc["size and mpp alone", "balanced_accuracy"] == 1
+    with pytest.raises(InputError, match="metadata say nothing"):
+        extract("metadata", tiles)
+
+
+def test_features_go_with_roles(tiles):
+    features = extract("colour", tiles)
+    assert isinstance(features.split("tile"), Features)
+    assert (
+        features.of(tiles.split("tile", seed=3)).table["role"].tolist()
+        == features.split("tile", seed=3).table["role"].tolist()
+    )
