@@ -97,7 +97,7 @@ class Dino(nn.Module):
             {"params": bare, "weight_decay": 0.0},
         ]
 
-    def release_or_hold(self, now: Schedule) -> None:
+    def hold_prototypes(self, now: Schedule) -> None:
         """Drops the gradients of the prototypes while they are held still."""
         if now.freeze_last_layer:
             for p in self.student.head.last_layer.parameters():

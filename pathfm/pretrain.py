@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from pathfm import checkpoint, logbook
 from pathfm.augment import MultiCrop, scale_table
+from pathfm.cohort import patient_of
 from pathfm.config import SMOKE, PretrainConfig
 from pathfm.dino import Dino, clip_gradients
 from pathfm.errors import InputError
@@ -82,7 +83,9 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
     Raises InputError where config and stream do not fit, another run is at work in the folder or left a checkpoint
     of another config, a checkpoint is damaged, the disk is full, or the loss is no number.
     """
-    tiles = _first_tiles(config, stream)
+    _check_stream(config, stream)
+    _check_sides(stream, validation)
+    tiles = first_tiles(stream)
     folder = Path(folder) if folder else _cached(config, tiles)
     with _alone(folder), _settings(config):
         training = Training(config, tiles, folder)
@@ -113,7 +116,7 @@ class Training:
     def run(self, stream: Any, watch: Watch | None) -> None:
         """Does the steps that are left, then exports the teacher."""
         config, folder = self.config, self.folder
-        self._describe()
+        self._describe(stream)
         log, speed, looks = (logbook.Logbook(folder / f"{name}.csv", self.step) for name in ("log", "speed", "watches"))
         if watch and not self.step:
             looks.add({"step": 0, **watch.look(self.model, config)})
@@ -154,7 +157,7 @@ class Training:
             {
                 "Recipe": dataclasses.asdict(config),
                 "Start": params["init"],
-                "Tiles": {"first": self.tiles},
+                "Tiles": params["stream"],
                 "Provenance": params["sessions"],
             },
         )
@@ -172,7 +175,7 @@ class Training:
             outcome = model(views, now)
         self.optimiser.zero_grad(set_to_none=True)
         outcome.loss.backward()
-        model.release_or_hold(now)
+        model.hold_prototypes(now)
         norm = clip_gradients(list(self.named.values()), config.clip)
         numbers = torch.stack([outcome.loss.detach(), norm, outcome.teacher_entropy, outcome.prototype_entropy])
         loss, norm, teacher_entropy, prototype_entropy = numbers.tolist()
@@ -227,7 +230,7 @@ class Training:
         )
 
     def _saved(self) -> tuple[dict, dict] | None:
-        """The folder's checkpoint. Raises InputError where it is of another config, stream, device or precision."""
+        """The folder's checkpoint. Raises InputError where it is of another config or stream."""
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
@@ -243,23 +246,23 @@ class Training:
                     f"{path} was made on another tile stream: its first tiles have {was}, this has "
                     f"{wanted}; use that stream, or a new folder"
                 )
-        for name, wanted in (("device", self.device.type), ("precision", self.precision)):
-            if state[name] != wanted:
-                raise InputError(
-                    f"{path} was made with {name}={state[name]!r}, here it is {wanted!r}; "
-                    f"say {name}={state[name]!r}, or use a new folder"
-                )
         return tensors, state
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self.model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimiser/")})
         checkpoint.restore_optimiser(self.optimiser, self.named, tensors)
         self.model.provenance, self.step = state["init"], state["step"]
+        for name, now in (("device", self.device.type), ("precision", self.precision)):
+            if self.step < self.config.steps and state[name] != now:
+                raise InputError(
+                    f"{self.folder / CHECKPOINT} was made with {name}={state[name]!r}, here it is {now!r}; go on where "
+                    f"{name}={state[name]!r} can be had, or use a new folder"
+                )
 
     def _attention(self) -> str:
         return "fused" if self.fused else "plain"
 
-    def _describe(self) -> None:
+    def _describe(self, stream: Any) -> None:
         """params.json: what was asked for, what was chosen, and where and when each session of the run began."""
         path = self.folder / "params.json"
         before = read_json(path)["sessions"] if self.step and path.exists() else []
@@ -272,7 +275,7 @@ class Training:
                 "device": self.device.type,
                 "precision": self.precision,
                 "attention": self._attention(),
-                "first_tiles": self.tiles,
+                "stream": {**_told(stream), "first_tiles": self.tiles},
                 "scales": scale_table(self.config).round(4).to_dict("records"),
                 "sessions": [*before, {"from_step": self.step, **_provenance()}],
             },
@@ -327,8 +330,14 @@ def _alone(folder: Path) -> Iterator[None]:
         raise InputError(f"another run is at work in {folder}; wait for it, or use a new folder") from None
 
 
-def _first_tiles(config: PretrainConfig, stream: Any) -> list:
-    """Names of the first tiles, by which a stream is known again. Raises InputError where it does not fit."""
+def first_tiles(stream: Any, n: int = 8) -> list[list]:
+    """Names of the first tiles, by which a stream is known again: slide_id, x, y, mpp."""
+    tiles = [stream.name(i) if hasattr(stream, "name") else stream[i] for i in range(n)]
+    return [[str(tile.slide_id), int(tile.x), int(tile.y), f"{tile.mpp:.6g}"] for tile in tiles]
+
+
+def _check_stream(config: PretrainConfig, stream: Any) -> None:
+    """Raises InputError where the stream is too short or its tiles are not those that the config speaks of."""
     if len(stream) < config.steps * config.batch_size:
         least = "a batch" if len(stream) < config.batch_size else f"{config.steps} steps"
         raise InputError(
@@ -338,8 +347,36 @@ def _first_tiles(config: PretrainConfig, stream: Any) -> list:
     side = np.shape(stream[0].image)[0]
     if side != config.tile_px:
         raise InputError(f"the stream's tiles are {side} px, but tile_px={config.tile_px}; make them agree")
-    tiles = [stream.name(i) if hasattr(stream, "name") else stream[i] for i in range(8)]
-    return [[str(tile.slide_id), int(tile.x), int(tile.y), round(float(tile.mpp), 6)] for tile in tiles]
+    foreign = sorted(set(getattr(stream, "weights", ())) - set(config.mpp))
+    if foreign:
+        raise InputError(f"the stream has tiles at {foreign[0]:g} mpp, but mpp={config.mpp}; make them agree")
+    least = getattr(stream, "min_tissue", config.min_tissue)
+    if least != config.min_tissue:
+        raise InputError(f"the stream's min_tissue is {least}, but min_tissue={config.min_tissue}; make them agree")
+
+
+def _check_sides(stream: Any, validation: Any) -> None:
+    """Raises InputError that names a patient whose slides train the model and whose tiles are to watch it."""
+    watched = validation.table if hasattr(validation, "table") else getattr(validation, "slides", None)
+    if watched is None or not hasattr(stream, "slides") or not {"slide_id", "patient_id"} & set(watched):
+        return
+    if hasattr(validation, "table") and "role" in watched:
+        watched = watched[watched["role"] == "validate"]
+    names = patient_of(watched) if "slide_id" in watched else watched["patient_id"].astype(str)
+    both = sorted(set(patient_of(stream.slides)) & set(names))
+    if both:
+        raise InputError(f"patient '{both[0]}' is both in the pretraining stream and watched; split by patient first")
+
+
+def _told(stream: Any) -> dict[str, Any]:
+    """What a record says of a stream."""
+    told = {"stream": type(stream).__name__}
+    if hasattr(stream, "slides"):
+        slides = stream.slides
+        told |= {"settings": repr(stream), "slides": len(slides), "patients": patient_of(slides).nunique()}
+        told |= {"centres": sorted(map(str, slides["centre"].unique()))} if "centre" in slides else {}
+        told |= {"mixture": stream.mixture.round(4).to_dict("records")}
+    return told
 
 
 def _cached(config: PretrainConfig, tiles: list) -> Path:

@@ -48,7 +48,7 @@ def make_backbone(
         said = f"ImageNet weights of timm ({model.pretrained_cfg['architecture']}.{tag})"
     else:
         state = read_weights(init)
-        said = f"weights of {Path(init).name}"
+        said = f"weights of {'/'.join(Path(init).parts[-2:])}"
     fit_weights(model, state, said)
     return model, said
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import filelock
 import numpy as np
@@ -329,6 +330,55 @@ def test_a_checkpoint_of_another_stream_is_refused(whole):
 
     with pytest.raises(InputError, match="another tile stream"):
         pretrain(tiny(), Shifted(), folder=whole.folder)
+
+
+def test_a_checkpoint_of_another_precision_is_refused_while_steps_are_left(whole, tmp_path):
+    tensors, state = checkpoint.load(whole.folder / CHECKPOINT)
+    checkpoint.save(tmp_path / CHECKPOINT, tensors, {**state, "step": 5, "precision": "bfloat16"})
+    with pytest.raises(InputError, match="made with precision='bfloat16', here it is 'float32'"):
+        pretrain(tiny(), StructuredTiles(), folder=tmp_path)
+    checkpoint.save(tmp_path / CHECKPOINT, tensors, {**state, "device": "cuda"})  # finished elsewhere
+    assert pretrain(tiny(), StructuredTiles(), folder=tmp_path).teacher.exists()
+
+
+class Slides(StructuredTiles):
+    """With the attributes of a TileStream."""
+
+    min_tissue = 0.4
+    weights: ClassVar = {1.0: 0.5, 2.0: 0.5}
+    slides = pd.DataFrame({"slide_id": ["s0", "s1"], "patient_id": ["p0", "p1"], "centre": ["A", "B"]})
+    mixture = pd.DataFrame({"mpp": [1.0, 2.0], "declared": 0.5, "achieved": 0.5})
+
+
+def test_the_record_tells_what_the_stream_was(tmp_path):
+    told = pretrain(tiny(steps=1), Slides(), folder=tmp_path).params["stream"]
+    assert (told["slides"], told["patients"], told["centres"]) == (2, 2, ["A", "B"])
+    assert told["mixture"][1] == {"mpp": 2.0, "declared": 0.5, "achieved": 0.5}
+    assert len(told["first_tiles"]) == 8 and "Tiles" in (tmp_path / "teacher" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("fields, message", [({"mpp": (1.0,)}, "tiles at 2 mpp"), ({"min_tissue": 0.6}, "is 0.4, but")])
+def test_a_stream_of_other_settings_is_refused(fields, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        pretrain(tiny(**fields), Slides(), folder=tmp_path)
+
+
+def test_a_patient_is_never_both_trained_on_and_watched(tmp_path):
+    watched = Tiles(tmp_path)
+    watched.table["patient_id"] = np.where(watched.table["role"] == "validate", "p1", "p0")
+    with pytest.raises(InputError, match="patient 'p1' is both"):
+        pretrain(tiny(), Slides(), watched, tmp_path / "run")
+
+
+def test_tiles_without_a_scale_leave_the_log_without_one(tmp_path):
+    class Timeless(StructuredTiles):
+        def __getitem__(self, i):
+            return super().__getitem__(i)._replace(mpp=math.nan)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(watch_every=0), Timeless(breaks_at=21), folder=tmp_path)
+    log = pretrain(tiny(watch_every=0), Timeless(), folder=tmp_path).log
+    assert len(log) == 8 and log["mpp_global"].isna().all() and log["loss"].notna().all()
 
 
 def damaged(path: Path, how: str) -> None:
