@@ -15,9 +15,9 @@ from pathfm.errors import InputError
 MPP = (0.25, 0.5, 1.0, 2.0)
 
 
-def setting(default: object, help: str) -> typing.Any:
-    """A dataclass field with its one line of help."""
-    return field(default=default, metadata={"help": help})
+def setting(default: object, help: str, positional: bool = False) -> typing.Any:
+    """A dataclass field with its one line of help; an option, or an argument that may be left out."""
+    return field(default=default, metadata={"help": help, "positional": positional})
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Notebook:
 
     notebook: str
     output: str
-    parameters: str = "{}"
+    parameters: str = setting("{}", "as JSON, such as {\"steps\": 50}", positional=True)
 
     def __call__(self) -> None:
         from pathfm.runs import execute
@@ -56,7 +56,7 @@ class Notebook:
 class Store:
     """run notebooks at their defaults and store the outputs in place, for nbval to compare with"""
 
-    notebook: str = setting("", "such as 03_pretraining; every notebook when empty")
+    notebook: str = setting("", "such as 03_pretraining; every notebook when left out", positional=True)
 
     def __call__(self) -> None:
         from pathfm.runs import notebooks_dir, store
@@ -134,11 +134,14 @@ VERBS = {"run": Run, "notebook": Notebook, "store": Store, "sweep": Sweep, "coho
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """A field without default is a positional argument, one with a default an option of its own type."""
+    """A field without default is an argument, one with a default an option of its own type."""
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
         if item.default is dataclasses.MISSING:
             parser.add_argument(item.name)
+            continue
+        if item.metadata.get("positional"):
+            parser.add_argument(item.name, nargs="?", default=item.default, help=item.metadata["help"])
             continue
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",

@@ -166,7 +166,13 @@ def execute(
     before = dict(os.environ)
     os.environ.update(env or {})
     try:
-        papermill.execute_notebook(str(path), str(output), parameters=parameters or {}, progress_bar=False)
+        papermill.execute_notebook(
+            str(path),
+            str(output),
+            parameters=parameters or {},
+            progress_bar=False,
+            extra_arguments=["--log-level=40"],  # a kernel's own warnings are no part of the study
+        )
     except PapermillExecutionError as error:
         raise InputError(f"{path.stem} stopped: {error.ename}: {error.evalue} (see {output})") from None
     finally:

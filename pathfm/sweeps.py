@@ -9,11 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from pathfm.errors import InputError, nearest
-from pathfm.runs import Scalar, check_parameters, declared_parameters, notebooks_dir
+from pathfm.runs import Scalar, check_parameters, declared_parameters, notebooks_dir, record
 from pathfm.storage import progress, read_json, write_json
 
 
@@ -37,11 +38,18 @@ def sweep_points(spec: dict[str, Any]) -> list[dict[str, Scalar]]:
     return [dict(zip(spec["grid"], values, strict=True)) for values in itertools.product(*spec["grid"].values())]
 
 
-def sweep(name: str | Path, folder: str | Path | None = None, workers: int | None = None, **override: Scalar):
+def sweep(
+    name: str | Path,
+    folder: str | Path | None = None,
+    workers: int | None = None,
+    grid: dict[str, list] | None = None,
+    **override: Scalar,
+):
     """Runs the missing points of a sweep and returns one row a point: grid values, metrics, seconds.
 
     folder    holds one run folder a point (params.json, metrics.json, notebook.ipynb); runs/sweeps/<name> where None
     workers   points at a time, one thread each; the number of cores where None
+    grid      replaces the file's grid, such as one without the mpp that a cohort cannot serve
     override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
 
     A point is finished when its metrics are there; a killed sweep goes on where it stopped. A failing point does
@@ -50,6 +58,7 @@ def sweep(name: str | Path, folder: str | Path | None = None, workers: int | Non
     import pandas as pd
 
     spec = read_sweep(name)
+    spec["grid"] = grid or spec["grid"]
     base = {**spec["base"], **override}
     points = sweep_points(spec)
     for point in points:
@@ -89,10 +98,14 @@ def _run_point(notebook: str, parameters: dict, folder: Path) -> str:
         "PATHFM_PROGRESS": "0",
         "OMP_NUM_THREADS": "1",
     }
+    start = time.monotonic()
     done = subprocess.run([*command, json.dumps(parameters)], capture_output=True, text=True, env=env)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-    return "" if (folder / "metrics.json").exists() else f"{notebook} recorded no metrics"
+    if not (folder / "metrics.json").exists():
+        return f"{notebook} recorded no metrics"
+    record(folder, seconds=round(time.monotonic() - start, 1))
+    return ""
 
 
 def _identity(notebook: str, parameters: dict) -> str:

@@ -1,0 +1,183 @@
+"""The study's shared products, each made once and cached, so that every notebook runs alone and in any order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from pathfm.benchmarks import TileSet
+from pathfm.cohort import Cohort
+from pathfm.config import SMOKE, PretrainConfig
+from pathfm.errors import InputError
+from pathfm.index import SlideIndex
+from pathfm.pretrain import Run, pretrain
+from pathfm.procedural import DeadLeaves
+from pathfm.runs import notebooks_dir
+from pathfm.stream import TileStream
+from pathfm.synthetic import GENERATOR_VERSION, embedded, generator_hash, labelled_tiles
+from pathfm.synthetic.slides import sidecar
+
+NON_HISTOLOGY = "non-histology"
+
+
+def cohort(path: str = "") -> Cohort:
+    """The slides of a cohort.csv; the embedded synthetic cohort where `path` is empty."""
+    return Cohort.read(path) if path else embedded()
+
+
+def index(slides: Cohort) -> SlideIndex:
+    """The index of a cohort, built where it is missing."""
+    return SlideIndex.build(slides)
+
+
+def is_synthetic(slides: Cohort) -> bool:
+    """Whether the slides were drawn here, with ground truth beside them."""
+    return all(sidecar(path, ".truth.npz").is_file() for path in slides.table["path"])
+
+
+def of_role(slides: SlideIndex, role: str) -> SlideIndex | None:
+    """The usable slides of one role. Without a column `role` all of them pretrain and none has another role."""
+    if "role" not in slides.slides:
+        return slides if role == "pretrain" else None
+    chosen = slides.usable.query("role == @role")["slide_id"]
+    return slides.subset(list(chosen)) if len(chosen) else None
+
+
+def stream(slides: SlideIndex, config: PretrainConfig, common_mpp: bool = False) -> TileStream:
+    """The tiles of a pretraining run: from slides whose role is pretrain, at every mpp of `config` that one can serve.
+
+    Says which mpp no slide serves, and that a cohort without roles pretrains on all of its slides.
+    """
+    chosen = of_role(slides, "pretrain")
+    if chosen is None:
+        raise InputError("the cohort has no usable slide of role 'pretrain'; give some that role, or no column role")
+    if "role" not in slides.slides:
+        print("The cohort has no column 'role': all of its slides pretrain, none validates or tests.")
+    mpp = servable(chosen, config)
+    for missing in sorted(set(config.mpp) - set(mpp)):
+        print(f"No slide serves {missing:g} mpp; it is left out.")
+    if not mpp:
+        raise InputError(
+            f"no slide serves any of {', '.join(f'{m:g}' for m in config.mpp)} mpp with {config.tile_px} px tiles "
+            f"of {config.min_tissue:.0%} tissue; ask for an mpp between the slides' own and their size"
+        )
+    return TileStream(
+        chosen,
+        tile_px=config.tile_px,
+        mpp=mpp,
+        min_tissue=config.min_tissue,
+        seed=config.seed,
+        common_mpp=common_mpp,
+    )
+
+
+def servable(slides: SlideIndex, config: PretrainConfig) -> tuple[float, ...]:
+    """Those mpp of `config` at which at least one slide has an admissible tile."""
+    try:
+        mixture = TileStream(slides, config.tile_px, config.mpp, config.min_tissue).mixture
+    except InputError:
+        return ()
+    return tuple(mixture.loc[mixture["slides"] > 0, "mpp"])
+
+
+def tiles(slides: Cohort, dataset: str = "") -> TileSet:
+    """Labelled tiles to probe with: a folder per class, or those cut from the cohort's own ground truth.
+
+    A cohort without ground truth borrows the embedded cohort's tiles, and that is said.
+    """
+    if dataset:
+        return TileSet.from_folder(dataset)
+    if not is_synthetic(slides):
+        print("The cohort has no labelled tiles; the embedded synthetic cohort's are used. Give yours as `dataset`.")
+        slides = embedded()
+    return TileSet.from_folder(labelled_tiles(slides), name=f"{slides.name} tiles (synthetic)")
+
+
+def config(**fields) -> PretrainConfig:
+    """The smoke configuration with `fields` replaced; `mpp` may be text such as "0.5,1"."""
+    if isinstance(fields.get("mpp"), str):
+        fields["mpp"] = mpp_list(fields["mpp"])
+    return PretrainConfig.of(**{**SMOKE, **fields})
+
+
+def mpp_list(text: str) -> tuple[float, ...]:
+    """ "0.5,1" -> (0.5, 1.0). Raises InputError for anything but positive numbers."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) <= 0:
+        raise InputError(f"mpp='{text}' is no list of microns per pixel; write it like '0.25,0.5,1,2'")
+    return values
+
+
+def pretrained(
+    slides: Cohort, settings: PretrainConfig | None = None, common_mpp: bool = False, folder: str = "", **fields
+) -> Run:
+    """The run of a configuration on a cohort, trained where the cache does not hold it, with watches where it can.
+
+    settings    the smoke configuration where None, with `fields` replaced
+    folder      of the run; the cache, by configuration and tiles, where empty
+    """
+    settings = settings or config(**fields)
+    if settings.init == NON_HISTOLOGY:
+        settings = settings.replace(init=str(non_histology(settings).teacher))
+    source = stream(index(slides), settings, common_mpp)
+    return pretrain(settings, source, watched(slides, settings), folder or None)
+
+
+def watched(slides: Cohort, settings: PretrainConfig):
+    """What a run may look at while it trains: labelled tiles, else tiles of role validate, else nothing (and says so).
+
+    Never test tiles: a watch selects.
+    """
+    if is_synthetic(slides):
+        labelled = tiles(slides)
+        if {"validate", "probe-train"} <= set(labelled.table["role"]):
+            return labelled
+    chosen = of_role(index(slides), "validate")
+    if chosen is None or not servable(chosen, settings):
+        print("No labelled tiles and no slides of role 'validate': the run is not watched on validation tiles.")
+        return None
+    return TileStream(chosen, tile_px=settings.tile_px, mpp=servable(chosen, settings), seed=settings.seed + 1)
+
+
+def non_histology(settings: PretrainConfig) -> Run:
+    """The same network trained by the same method on procedural images that are no tissue: never called ImageNet."""
+    return pretrain(settings.replace(init="random", watch_every=0), DeadLeaves(settings.tile_px, settings.seed), None)
+
+
+def curve(run: Run) -> pd.DataFrame:
+    """The log of a run as a notebook shows it: five rows from first to last step, rounded."""
+    log = run.log
+    rows = np.unique(np.linspace(0, len(log) - 1, 5).round().astype(int))
+    shown = log.iloc[rows].set_index("step")
+    return shown[["loss", "teacher_entropy", "prototype_entropy", "lr", "momentum"]].round(3)
+
+
+def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
+    """The grid of a sweep without the mpp that the cohort cannot serve; says what is left out."""
+    grid = dict(spec["grid"])
+    if "mpp" not in grid:
+        return grid
+    pretraining = of_role(index(slides), "pretrain")
+    asked = sorted({mpp for mixture in grid["mpp"] for mpp in mpp_list(mixture)})
+    there = servable(pretraining, config(mpp=tuple(asked)))
+    for missing in sorted(set(asked) - set(there)):
+        print(f"No slide serves {missing:g} mpp; it is left out.")
+    kept = [",".join(f"{m:g}" for m in mpp_list(mixture) if m in there) for mixture in grid["mpp"]]
+    return {**grid, "mpp": [mixture for mixture in dict.fromkeys(kept) if mixture]}
+
+
+def recorded(name: str) -> pd.DataFrame:
+    """results/<name>.csv without the rows of another generator, whose slides were others; says what it refuses."""
+    path = notebooks_dir().parent / "results" / f"{name}.csv"
+    again = f"`make sweep NAME={name}` runs and records it"
+    if not path.is_file():
+        print(f"Nothing is recorded yet: {again}.")
+        return pd.DataFrame()
+    table = pd.read_csv(path)
+    current = table["generator"] == f"{GENERATOR_VERSION}-{generator_hash()}"
+    if not current.all():
+        print(f"{(~current).sum()} of {len(table)} rows were recorded on another generator and are refused; {again}.")
+    return table[current].reset_index(drop=True)
