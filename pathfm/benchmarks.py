@@ -26,7 +26,7 @@ SPLIT_FOLDERS = {"train", "training", "val", "valid", "validate", "validation", 
 QUARANTINE = ["file", "label", "reason"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TileSet:
     """Images with labels.
 
@@ -76,6 +76,11 @@ class TileSet:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        return (
+            f"TileSet({self.name}: {len(self)} tiles, {len(self.classes)} classes, {len(self.quarantined)} quarantined)"
+        )
 
     @property
     def classes(self) -> list[str]:
@@ -165,12 +170,15 @@ class TileSet:
         return counts
 
 
+def patient_column(table: pd.DataFrame) -> str | None:
+    """patient_id, else slide_id, else None: the finest unit that is known to be independent."""
+    return next((column for column in ("patient_id", "slide_id") if column in table), None)
+
+
 def patients(table: pd.DataFrame) -> np.ndarray | None:
-    """(n,) strings of patient_id, else of slide_id, else None."""
-    for column in ("patient_id", "slide_id"):
-        if column in table:
-            return table[column].to_numpy(str)
-    return None
+    """(n,) strings of the `patient_column`, or None."""
+    column = patient_column(table)
+    return None if column is None else table[column].to_numpy(str)
 
 
 def draw_roles(
@@ -216,9 +224,7 @@ def _assign(count: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> 
 def _column(table: pd.DataFrame, by: str) -> str | None:
     if by not in UNITS:
         raise InputError(f"cannot split by '{by}'.{nearest(by, UNITS)}")
-    column = UNITS[by]
-    if by == "patient" and column not in table and "slide_id" in table:
-        return "slide_id"
+    column = (patient_column(table) or UNITS[by]) if by == "patient" else UNITS[by]
     if column is not None and column not in table:
         raise InputError(f"splitting by {by} needs a column {column}; give one in manifest.csv or split by tile")
     return column

@@ -25,7 +25,7 @@ POOLS = ("cls", "mean", "both")
 NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # of a module; none changes what it computes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Features:
     """Features and the tiles they belong to.
 
@@ -41,6 +41,9 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def __repr__(self) -> str:
+        return f"Features({self.name}: {self.x.shape[0]} x {self.x.shape[1]} of {self.tiles.name})"
 
     @property
     def y(self) -> np.ndarray:

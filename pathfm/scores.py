@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pathfm.benchmarks import patients
+from pathfm.benchmarks import patient_column, patients
 from pathfm.errors import InputError
 from pathfm.metrics import balanced_accuracy
 
@@ -17,6 +17,7 @@ RESAMPLES = 2000
 MARGIN = 0.02  # two scores closer than this are equal for our purposes; stated beforehand
 MIN_PATIENTS = 20  # under this a score is not informative
 MAX_WIDTH = 0.10  # an interval wider than this is not informative
+RESAMPLED = {"patient_id": "by patient", "slide_id": "by slide", None: "by image (too narrow)"}
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ def scores(
     seen         patients, or slides, of the pretraining; a row that is tested on them is `transductive`
 
     balanced_accuracy, low, high and the gain are 0 to 1. `interval` says what was resampled: intervals by
-    image are too narrow, for images of one patient resemble each other. `mpp` is the effective one. The best
-    floor is the one that scores highest on test, the strictest choice; against it goes the verdict, or
-    "" without floors. Scores of a leaking split say so in place of a verdict.
+    image are too narrow, for images of one patient resemble each other. `n_classes` are those on test, and
+    `n_quarantined` the images of the whole set that could not be read. `mpp` is the effective one.
+    The gain, and the verdict on it, is over the floor that scores highest on test, the strictest choice.
+    Without floors the verdict is "" or "not informative", and scores of a leaking split say that instead.
     """
     groups: dict[tuple[str, str], list[Prediction]] = {}
     for prediction in predictions:
@@ -156,7 +158,8 @@ def _row(runs: list[Prediction], best, seen: set[str], margin: float, resamples:
         "balanced_accuracy": score.value,
         "low": score.low,
         "high": score.high,
-        "interval": "by image (too narrow)" if n is None else "by patient",
+        "interval": RESAMPLED[patient_column(first.table)],
+        "n_classes": first.table["truth"].nunique(),
         "n_tiles": len(first.table),
         "n_patients": pd.NA if n is None else n,
         "n_quarantined": first.quarantined,
@@ -170,7 +173,7 @@ def _row(runs: list[Prediction], best, seen: set[str], margin: float, resamples:
     if best is not None and not first.floor:
         gain = paired(runs, best, margin, resamples, seed)
         row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-        row["verdict"] = row["verdict"] or gain.verdict
+        row["verdict"] = gain.verdict
     if first.leaky:
         row["verdict"] = "leaks patients"
     return row

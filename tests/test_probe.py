@@ -205,6 +205,8 @@ def test_scores_say_what_was_resampled_and_what_it_allows():
     by_image = scores([answers(rng.random(300) < 0.8)]).iloc[0]
     assert by_image["interval"] == "by image (too narrow)"
     assert pd.isna(by_image["n_patients"])
+    table = model[0].table.rename(columns={"patient_id": "slide_id"})
+    assert scores([replace(model[0], table=table)])["interval"].tolist() == ["by slide"]
 
 
 def test_a_leak_looks_good_by_tile_and_is_chance_by_patient():
