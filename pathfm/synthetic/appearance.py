@@ -94,7 +94,7 @@ SCANNER = {
     "white_green": Latent(242, 0.006, high=254),
     "white_blue": Latent(243, 0.007, high=254),
     "blur_um": Latent(0.34, 0.25, low=0.15, high=0.8),  # standard deviation of the point spread
-    "sharpen": Latent(0.45, 0.35, log=False, low=0.0, high=1.6),
+    "sharpen": Latent(0.4, 0.3, log=False, low=0.0, high=1.4),
     "noise": Latent(1.5, 0.35, low=0.3, high=4.0),  # grey levels
     "quality": Latent(82, 7, log=False, low=55, high=95),  # JPEG
 }

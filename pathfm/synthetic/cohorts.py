@@ -51,7 +51,7 @@ DESIGNS = {
     "embedded": Design(
         roles=(_repeat(pretrain=2, probe_train=2),) * 2 + (_repeat(validate=4), _repeat(test=4)),
         second_slide_every=2,
-        side_um=(2000, 2600),
+        side_um=(2000, 2800),
         fine_every=3,
     ),
     # Findings. Five centres teach and hold three patients each for an in-domain test.
