@@ -87,7 +87,7 @@ def tiles(slides: Cohort, dataset: str = "") -> TileSet:
     """
     if dataset:
         return TileSet.from_folder(dataset)
-    if not is_synthetic(slides):
+    if not is_synthetic(slides) or "role" not in slides.table:
         print("The cohort has no labelled tiles; the embedded synthetic cohort's are used. Give yours as `dataset`.")
         slides = embedded()
     return TileSet.from_folder(labelled_tiles(slides), name=f"{slides.name} tiles (synthetic)")
@@ -123,7 +123,7 @@ def pretrained(
     if settings.init == NON_HISTOLOGY:
         settings = settings.replace(init=str(non_histology(settings).teacher))
     source = stream(index(slides), settings, common_mpp)
-    return pretrain(settings, source, watched(slides, settings), folder or None)
+    return pretrain(settings, source, watched(slides, settings) if settings.watch_every else None, folder or None)
 
 
 def watched(slides: Cohort, settings: PretrainConfig):
@@ -131,10 +131,8 @@ def watched(slides: Cohort, settings: PretrainConfig):
 
     Never test tiles: a watch selects.
     """
-    if is_synthetic(slides):
-        labelled = tiles(slides)
-        if {"validate", "probe-train"} <= set(labelled.table["role"]):
-            return labelled
+    if is_synthetic(slides) and {"validate", "probe-train"} <= set(slides.table.get("role", ())):
+        return tiles(slides)
     chosen = of_role(index(slides), "validate")
     if chosen is None or not servable(chosen, settings):
         print("No labelled tiles and no slides of role 'validate': the run is not watched on validation tiles.")

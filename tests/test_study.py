@@ -1,0 +1,105 @@
+"""The study's shared products: roles are kept, what a cohort lacks is said, real slides go the whole way."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pathfm import Cohort, InputError, SlideIndex, TileSet, runs, study
+from pathfm.export import load
+from pathfm.features import extract
+
+TINY = {"depth": 1, "width": 32, "heads": 2, "prototypes": 32, "head_hidden": 32, "head_bottleneck": 16}
+TWO_STEPS = {**TINY, "steps": 2, "batch_size": 4, "watch_every": 0, "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def with_roles(index, **roles):
+    changed = SlideIndex(index.folder, index.slides.drop(columns="role", errors="ignore"))
+    if roles:
+        changed.slides["role"] = changed.slides["slide_id"].map(roles)
+    return changed
+
+
+def test_pretraining_sees_only_slides_of_its_role(index):
+    ids = list(index.slides["slide_id"])
+    split = with_roles(index, **{name: "pretrain" if i < 2 else "test" for i, name in enumerate(ids)})
+    stream = study.stream(split, study.config(mpp="1"))
+    assert set(stream.names(range(50))["slide_id"]) == set(ids[:2])
+
+
+def test_a_cohort_without_roles_pretrains_on_everything_and_says_so(index, capsys):
+    stream = study.stream(with_roles(index), study.config(mpp="1"))
+    assert len(stream.slides) == len(index.usable)
+    assert "no column 'role'" in capsys.readouterr().out
+
+
+def test_a_cohort_without_pretraining_slides_is_refused(index):
+    with pytest.raises(InputError, match="no usable slide of role 'pretrain'"):
+        study.stream(with_roles(index, **dict.fromkeys(index.slides["slide_id"], "test")), study.config())
+
+
+def test_an_mpp_that_no_slide_serves_is_said_and_left_out(index, capsys):
+    stream = study.stream(with_roles(index), study.config(mpp="1,400"))
+    assert list(stream.mixture["mpp"]) == [1.0]
+    assert "No slide serves 400 mpp" in capsys.readouterr().out
+
+
+def test_no_mpp_at_all_is_an_error_that_says_what_to_ask_for(index):
+    with pytest.raises(InputError, match="no slide serves any of 400 mpp"):
+        study.stream(with_roles(index), study.config(mpp="400"))
+
+
+@pytest.mark.parametrize("text", ["", "fine", "0.5;1", "-1", "0"])
+def test_an_mpp_list_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="is no list of microns per pixel"):
+        study.mpp_list(text)
+
+
+def test_a_sweep_leaves_out_what_the_cohort_cannot_serve(cohort, capsys):
+    slides = Cohort(cohort.table.drop(columns="role"), "no-roles")
+    spec = {"grid": {"mpp": ["1", "1,400", "400"], "seed": [0]}}
+    assert study.servable_grid(slides, spec) == {"mpp": ["1"], "seed": [0]}
+    assert "No slide serves 400 mpp" in capsys.readouterr().out
+
+
+def test_non_histology_start_is_trained_without_slides_and_named_as_what_it_is(cohort):
+    slides = Cohort(cohort.table.drop(columns="role"), "no-roles")
+    run = study.pretrained(slides, mpp="1", init=study.NON_HISTOLOGY, **TWO_STEPS)
+    start = study.non_histology(study.config(mpp="1", init=study.NON_HISTOLOGY, **TWO_STEPS))
+    assert str(start.teacher) in run.params["init"]
+    assert {tile[0] for tile in start.params["stream"]["first_tiles"]} == {"dead-leaves"}
+
+
+def test_recorded_rows_of_another_generator_are_refused(monkeypatch, tmp_path, capsys):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(study, "notebooks_dir", lambda: tmp_path / "notebooks")
+    assert study.recorded("toy").empty
+    assert "Nothing is recorded yet: `make sweep NAME=toy`" in capsys.readouterr().out
+    (tmp_path / "results").mkdir()
+    table = pd.DataFrame({"score": [0.5, 0.6], "generator": [runs.provenance()["generator"], "0-stale"]})
+    table.to_csv(tmp_path / "results" / "toy.csv", index=False)
+    assert list(study.recorded("toy")["score"]) == [0.5]
+    assert "1 of 2 rows were recorded on another generator" in capsys.readouterr().out
+
+
+@pytest.mark.real
+def test_real_slides_go_from_file_to_features(real_data, tmp_path, capsys):
+    names = ["cmu-1-small-region.svs", "derived_cmu1_region_pyramid.tiff", "gcp_camelyon_jpeg.dcm"]
+    table = pd.DataFrame({"slide_id": ["svs", "tiff", "dicom"], "path": [real_data / "slides" / n for n in names]})
+    slides = Cohort(table.astype(str), "real")
+    run = study.pretrained(slides, mpp="0.25,0.5,1,2,29", **TWO_STEPS)
+    said = capsys.readouterr().out
+    assert "No slide serves 0.25 mpp" in said
+    assert "the run is not watched" in said
+    assert len(run.log) == 2
+    assert np.isfinite(run.log["loss"]).all()
+    assert set(study.stream(study.index(slides), study.config(mpp="0.5,1,2")).slides["slide_id"]) == {"svs", "tiff"}
+    tiles = TileSet.from_folder(real_data / "tiles" / "crc_val_he_7k_native224")
+    features = extract(run.teacher, tiles)
+    assert features.x.shape == (70, 32)
+    model, preprocess = load(run.teacher)
+    assert np.allclose(features.x[0], model(preprocess(tiles.image(0)[None])).detach()[0], atol=1e-5)
