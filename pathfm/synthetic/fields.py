@@ -55,7 +55,7 @@ def _finest() -> np.ndarray:
         _band(5, 0.9, 0.5),
         _threads(26, 2.0),
         _threads(9, 0.75),
-        _band(2.2, 0.55, 0.2),
+        _band(4.0, 0.5, 0.8),
     )
     steps = UM_PER_SAMPLE
     return np.stack([_field(i, a, float(s)) for i, (a, s) in enumerate(zip(amplitudes, steps, strict=True))])

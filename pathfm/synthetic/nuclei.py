@@ -62,6 +62,7 @@ class Look:
     nucleoli: float = 0.0  # expected number
     rough: float = 0.08  # outline, as a share of the radius
     halo: float = 0.15  # cleared cytoplasm around it
+    blur_um: float = 0.6  # softness of the outline
 
 
 class Crowd:
@@ -256,6 +257,8 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
             spot[m, 0], spot[m, 1] = far * math.cos(turn) * a, far * math.sin(turn) * b
             spot[m, 2] = (0.16 + 0.13 * _hash(salt, 30 + m)) * b
         w = math.sqrt(focus * focus + 0.3 * um * um)
+        clears = 0.8 * min(1.0, 1.3 * dark * dark)
+        coarse = 0.75 + 0.6 * _hash(salt, 6)
         membrane = 0.35 + 0.06 * b + 0.3 * um
         for i in range(max(0, int((y - reach - y0) / um)), min(height, int((y + reach - y0) / um) + 1)):
             dy = y0 + (i + 0.5) * um - y
@@ -274,6 +277,8 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
                     0.5 * (k2c * c2 + k2s * s2) + 0.4 * (k3c * c3 + k3s * s3) + 0.3 * (k5c * c5 + k5s * s5)
                 )
                 sd = (d - r) / math.sqrt((c1 / a) ** 2 + (s1 / b) ** 2)
+                clump = look(noise, CHROMATIN, (u + shift_x) * coarse, (v + shift_y) * coarse)
+                sd += 0.16 * clump
                 if sd > w:
                     if halo > 0 and sd < 2.2:
                         fade = 1 - sd / 2.2
@@ -282,9 +287,9 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
                 cover = _step(sd, w)
                 q = (sd + membrane) / membrane
                 edge = 1 / (1 + q * q * q * q)
-                clump = look(noise, CHROMATIN, u + shift_x, v + shift_y)
-                fill = 1 - vesicle + vesicle * (0.42 + 0.95 * edge) + grain * clump * (1 - 0.5 * edge)
-                fill = max(fill, 0.15)
+                clump += 0.3 * (clump * clump - 1)
+                fill = 1 - vesicle + vesicle * (0.40 + 0.85 * edge * (1 + 0.3 * clump)) + grain * clump
+                fill = max(fill, 0.12)
                 red = 0.2
                 for m in range(spots):
                     q = ((u - spot[m, 0]) ** 2 + (v - spot[m, 1]) ** 2) / (spot[m, 2] * spot[m, 2])
@@ -295,4 +300,4 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
                 ink = dark * fill
                 below = h[i, j]
                 h[i, j] = below + cover * (ink + 0.25 * below - below)
-                e[i, j] += cover * 0.8 * (red - e[i, j])
+                e[i, j] += cover * clears * (red - e[i, j])

@@ -40,6 +40,7 @@ class Scene:
     map_um: float
     nuclei: np.ndarray
     seed: int
+    shift: float
     codes: np.ndarray
     shares: np.ndarray
     maps: np.ndarray
@@ -80,6 +81,7 @@ def plan(class_map: np.ndarray, map_um: float, params, seed: int) -> Scene:
         map_um,
         nuclei,
         seed,
+        ground.shift,
         codes,
         shares,
         ground.maps,
@@ -118,7 +120,7 @@ def raster(
             scene.region_of,
             scene.table,
         ),
-        *(scene.fat_cells, scene.fat_seeds, _BLOCK_UM, noise),
+        *(scene.fat_cells, scene.fat_seeds, _BLOCK_UM, noise, scene.shift),
     )
     box = (x_um, y_um, x_um + width_px * um_per_px, y_um + height_px * um_per_px)
     for layer in scene.bodies:

@@ -7,15 +7,15 @@ import numpy as np
 from pathfm.synthetic import fields
 from pathfm.synthetic.fields import LOW, MID
 from pathfm.synthetic.nuclei import Look
-from pathfm.synthetic.painters.ground import ACROSS, ALONG, DEPTH, GRID_UM, Ground, Region, sample
+from pathfm.synthetic.painters.ground import ACROSS, ALONG, DEPTH, GRID_UM, HOLLOW, Ground, Region, sample
 
 FIBROBLAST = Look(14.5, 0.20, 0.22, 1.0, 0.25, vesicle=0.15, grain=0.2, rough=0.10, halo=0.10)
 PLUMP = Look(12.0, 0.34, 0.18, 0.75, 0.2, vesicle=0.5, grain=0.2, nucleoli=0.6, rough=0.08, halo=0.10)
-CIGAR = Look(17.5, 0.18, 0.20, 0.95, 0.2, vesicle=0.25, grain=0.22, nucleoli=0.3, rough=0.04, halo=0.22)
+CIGAR = Look(16.5, 0.17, 0.22, 0.95, 0.2, vesicle=0.25, grain=0.22, nucleoli=0.3, rough=0.04, halo=0.22)
 CUT_CIGAR = Look(5.2, 0.85, 0.2, 0.95, 0.2, vesicle=0.25, grain=0.22, rough=0.06, halo=0.25)
 ENDOTHELIUM = Look(9.5, 0.24, 0.15, 1.15, 0.15, grain=0.2, rough=0.06, halo=0.0)
-LYMPHOCYTE = Look(6.9, 0.91, 0.09, 1.35, 0.13, vesicle=0.12, grain=0.30, rough=0.06, halo=0.35)
-PLASMA = Look(7.4, 0.86, 0.08, 1.2, 0.12, vesicle=0.35, grain=0.45, rough=0.05, halo=0.0)
+LYMPHOCYTE = Look(6.9, 0.90, 0.10, 1.30, 0.16, vesicle=0.15, grain=0.26, rough=0.06, halo=0.35)
+PLASMA = Look(7.2, 0.86, 0.08, 1.2, 0.12, vesicle=0.35, grain=0.35, rough=0.05, halo=0.0)
 CENTROBLAST = Look(10.0, 0.82, 0.12, 0.72, 0.2, vesicle=0.6, grain=0.28, nucleoli=1.5, rough=0.10, halo=0.0)
 MACROPHAGE = Look(8.5, 0.70, 0.12, 0.75, 0.2, vesicle=0.45, grain=0.25, nucleoli=0.5, rough=0.10, halo=0.0)
 EOSINOPHIL = Look(5.6, 0.62, 0.12, 1.3, 0.12, grain=0.15, rough=0.30, halo=0.0)
@@ -59,7 +59,7 @@ def spindle_cells(ground: Ground, region: Region, where: np.ndarray, per_mm2: fl
 def immune_cells(ground: Ground, region: Region, where: np.ndarray, amount: float) -> None:
     """Lymphocytes in clusters, plasma cells with their cytoplasm, some eosinophils; `amount` times 300 per mm2."""
     amount = amount * region.params.inflammation
-    swarm = where * np.clip(0.45 + 0.65 * region.noise(LOW, 0.35), 0.04, 1.6)
+    swarm = where * np.clip(0.5 + 0.55 * region.noise(LOW, 0.35), 0.06, 1)
     ground.scatter(region, "lymphocyte", LYMPHOCYTE, 430 * amount, np.minimum(swarm, 1), None, squeeze=0.95)
     plasma = ground.scatter(
         region, "plasma cell", PLASMA, 230 * amount, np.minimum(swarm, 1), None, squeeze=1.2
@@ -68,9 +68,9 @@ def immune_cells(ground: Ground, region: Region, where: np.ndarray, amount: floa
         side = region.rng.uniform(0, 2 * np.pi, len(plasma))
         at = plasma[:, :2] + 2.0 * np.stack([np.cos(side), np.sin(side)], 1)
         ground.body(1, region, at, 6.0, 4.6, side, 0.22, 0.36, cover=0.75, soft=0.8, rough=0.08, texture=0.1)
-    eosinophil = ground.scatter(region, "eosinophil", EOSINOPHIL, 45 * amount, where, None, squeeze=1.2)
+    eosinophil = ground.scatter(region, "eosinophil", EOSINOPHIL, 30 * amount, where, None, squeeze=1.2)
     if len(eosinophil):
-        ground.body(1, region, eosinophil[:, :2], 5.0, 4.7, 0.0, 0.03, 1.05, cover=0.9, soft=0.5, texture=0.3)
+        ground.body(1, region, eosinophil[:, :2], 5.0, 4.7, 0.0, 0.05, 0.85, cover=0.85, soft=0.7, texture=0.2)
 
 
 def vessels(ground: Ground, region: Region, where: np.ndarray, per_mm2: float) -> None:
@@ -168,8 +168,8 @@ def plan_muscle(ground: Ground) -> None:
         crosscut = _fascicles(ground, region)
         vessels(ground, region, everywhere := np.ones(region.shape, np.float32), 9)
         angle = fibre_angle(ground, region)
-        ground.scatter(region, "myocyte", CIGAR, 950, everywhere * ~crosscut, angle, 0.07, 1.0)
-        ground.scatter(region, "myocyte", CUT_CIGAR, 1150, everywhere * crosscut, None, squeeze=1.0)
+        ground.scatter(region, "myocyte", CIGAR, 1500, everywhere * ~crosscut, angle, 0.07, 1.0)
+        ground.scatter(region, "myocyte", CUT_CIGAR, 1700, everywhere * crosscut, None, squeeze=1.0)
         seam = np.clip(1 - ground.maps[region.window][..., DEPTH] / 4, 0, 1)
         spindle_cells(ground, region, seam, 1500)
         immune_cells(ground, region, seam, 0.8)
@@ -194,12 +194,12 @@ def _fascicles(ground: Ground, region: Region) -> np.ndarray:
     along = np.cos(heading) * bent_x + np.sin(heading) * bent_y
     across = np.cos(heading) * bent_y - np.sin(heading) * bent_x + 7 * p.fibre_wave * region.noise(LOW, 0.45)
     shift = rng.uniform(0, 500, len(seeds))[near]
-    along = np.where(across_cut, along * 9.0, along)
     target = ground.maps[region.window]
     target[..., ALONG] = np.where(region.mask, along + shift, target[..., ALONG])
     target[..., ACROSS] = np.where(region.mask, across, target[..., ACROSS])
     depth = fields.blur(np.minimum(np.minimum(border, 60), region.inside).astype(np.float32), 0.8)
     target[..., DEPTH] = np.where(region.mask, depth, target[..., DEPTH])
+    target[..., HOLLOW] = np.where(region.mask, np.where(across_cut, 1.0, -1.0), target[..., HOLLOW])
     return across_cut
 
 
@@ -236,7 +236,7 @@ def plan_lymphocytes(ground: Ground) -> None:
         )
         open_ = region.noise(MID, 2.0) + 0.4 * region.noise(LOW, 0.6)
         pack *= np.clip((1.5 - open_) / 0.4, 0.12, 1)
-        ground.scatter(region, "lymphocyte", LYMPHOCYTE, 15000, pack, None, squeeze=0.90, tries=3)
+        ground.scatter(region, "lymphocyte", LYMPHOCYTE, 18500, pack, None, squeeze=0.78, tries=3)
         ground.scatter(region, "fibroblast", PLUMP, 260, everywhere, fibre_angle(ground, region), 0.3, 0.8)
         ground.scatter(region, "plasma cell", PLASMA, 300 * p.inflammation, everywhere, None, squeeze=0.9)
 
@@ -278,15 +278,21 @@ def plan_adipose(ground: Ground) -> np.ndarray:
         vessels(ground, region, fibrous, 120)
         spindle_cells(ground, region, fibrous, 900)
         immune_cells(ground, region, fibrous, 0.5)
-        wx = x + 2.2 * fields.sheet(
-            LOW, region.shape, GRID_UM, 1 / 6, (6 * region.origin[0], 6 * region.origin[1])
-        )
-        near, border = fields.voronoi(wx, y, seeds[:, :2], p.fat_cell_um, seeds[:, 2])
+        wx, wy = _bent(ground, region)
+        near, border = fields.voronoi(wx, wy, seeds[:, :2], p.fat_cell_um, seeds[:, 2])
         wall = ((border < 1.8) & (depth < -3)) * 1.0
         nx, ny = fields.gradient(np.minimum(border, 30), 1.2)
         angle = np.arctan2(-nx, ny).astype(np.float32)
         ground.scatter(region, "adipocyte", ADIPOCYTE, 2200, wall, angle, 0.1, 1.0)
     return np.concatenate(found).astype(np.float32) if found else np.zeros((0, 3), np.float32)
+
+
+def _bent(ground: Ground, region: Region) -> tuple[np.ndarray, np.ndarray]:
+    """The window's coordinates as `materials` bends them, so that nuclei lie on the walls it draws."""
+    x, y = region.xy()
+    x0, y0 = (origin + ground.shift for origin in region.origin)
+    wx = x + 2.2 * fields.sheet(LOW, region.shape, GRID_UM, 1 / 6, (x0, y0))
+    return wx, y + 2.2 * fields.sheet(LOW, region.shape, GRID_UM, 1 / 6, (x0 + 90.0, y0))
 
 
 def _adipocytes(rng, low, high, diameter: float) -> np.ndarray:

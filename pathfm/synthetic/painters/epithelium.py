@@ -11,12 +11,12 @@ from pathfm.synthetic.painters.connective import immune_cells, spindle_cells
 from pathfm.synthetic.painters.ground import DEPTH, GRID_UM, HOLLOW, Ground, Region, sample
 
 # Whole axes in um. Tumour nuclei 8 to 15 um, columnar and pencil-shaped in glands, round and vesicular in sheets.
-COLUMNAR = Look(12.5, 0.50, 0.13, 0.80, 0.22, vesicle=0.45, grain=0.26, nucleoli=0.8, rough=0.10, halo=0.05)
-VESICULAR = Look(12.0, 0.76, 0.18, 0.72, 0.22, vesicle=0.62, grain=0.26, nucleoli=1.4, rough=0.12, halo=0.05)
+COLUMNAR = Look(12.0, 0.50, 0.14, 0.92, 0.20, vesicle=0.40, grain=0.24, nucleoli=0.8, rough=0.10, halo=0.05)
+VESICULAR = Look(11.5, 0.76, 0.18, 0.80, 0.22, vesicle=0.58, grain=0.26, nucleoli=1.4, rough=0.12, halo=0.05)
 SMALL = Look(8.8, 0.80, 0.10, 1.10, 0.14, vesicle=0.0, grain=0.22, nucleoli=0.0, rough=0.14, halo=0.05)
 BIZARRE = Look(18.0, 0.70, 0.15, 1.05, 0.2, vesicle=0.35, grain=0.35, nucleoli=2.0, rough=0.22, halo=0.05)
-CRYPT = Look(8.6, 0.62, 0.10, 0.95, 0.15, vesicle=0.35, grain=0.25, nucleoli=0.5, rough=0.06, halo=0.05)
-GHOST = Look(10.0, 0.70, 0.2, 0.28, 0.3, vesicle=0.2, grain=0.1, rough=0.15, halo=0.0)
+CRYPT = Look(8.6, 0.62, 0.10, 1.0, 0.15, vesicle=0.35, grain=0.22, nucleoli=0.5, rough=0.06, halo=0.05)
+GHOST = Look(9.0, 0.72, 0.2, 0.30, 0.3, vesicle=0.6, grain=0.5, rough=0.12, halo=0.0, blur_um=1.5)
 PYKNOTIC = Look(4.4, 0.80, 0.28, 1.6, 0.2, grain=0.05, rough=0.15, halo=0.35)
 DUST = Look(1.7, 0.80, 0.35, 1.4, 0.25, grain=0.0, rough=0.1, halo=0.0)
 MITOSIS = Look(10.5, 0.32, 0.12, 1.75, 0.1, grain=0.12, rough=0.4, halo=0.55)
@@ -33,7 +33,7 @@ def glands(region: Region, form: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     u = (np.cos(turn) * wx + np.sin(turn) * wy) / stretch
     v = np.cos(turn) * wy - np.sin(turn) * wx
     seeds = fields.lattice(rng, (u.min(), v.min()), (u.max(), v.max()), p.gland_um, 0.36)
-    weight = (p.gland_um * 0.45) ** 2 * rng.uniform(-1, 1, len(seeds))
+    weight = (p.gland_um * 0.36) ** 2 * rng.uniform(-1, 1, len(seeds))
     near, border = fields.voronoi(u, v, seeds, p.gland_um, weight)
     septa = p.septa_um * np.exp(0.55 * region.noise(LOW, 0.7))
     shape = fields.blur(np.minimum(border, 60.0) - septa, 3.0)
@@ -41,7 +41,7 @@ def glands(region: Region, form: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     depth = fields.blur(fields.signed_distance(shape > 0, GRID_UM), 0.8)
     open_ = rng.random(len(seeds)) < form
     sieve = open_ & (rng.random(len(seeds)) < p.cribriform)
-    lining = rng.uniform(24, 36, len(seeds))
+    lining = rng.uniform(29, 46, len(seeds))
     plain = fields.blur(depth - np.where(open_ & ~sieve, lining, 900.0)[near].astype(np.float32), 1.5)
     hollow = plain + 2.0 * region.noise(MID)
     if sieve.any():
@@ -90,19 +90,19 @@ def _tumour_cells(ground: Ground, region: Region, depth, hollow, openness, radia
     apical = np.where(hollow > -30, np.clip((-hollow - 5.0) / 6.0, 0, 1), 1)
     base = openness * np.clip(1.25 - depth / 46.0, 0, 1) * apical * body * crowded
     long = _stretched(varied(COLUMNAR), p.elongation)
-    ground.scatter(region, "epithelial", long, 11000, base, radial, 0.20, 0.70, 3.2)
+    ground.scatter(region, "epithelial", long, 14500, base, radial, 0.20, 0.62, 3.2)
     rows = _stretched(varied(COLUMNAR), 0.85 * p.elongation)
     rim = (1 - openness) * (depth < 11) * body
-    ground.scatter(region, "epithelial", rows, 7500, rim, radial, 0.25, 0.80, 3)
+    ground.scatter(region, "epithelial", rows, 10000, rim, radial, 0.25, 0.70, 3)
     sheet = (1 - openness) * body * crowded
     ground.scatter(
         region,
         "epithelial",
         _stretched(varied(VESICULAR), p.elongation),
-        6600,
+        8200,
         sheet,
         None,
-        squeeze=0.80,
+        squeeze=0.72,
         tries=3,
     )
     dying = ground.spots(region, body * 1.0, 60)
@@ -160,8 +160,8 @@ def plan_normal(ground: Ground) -> None:
         radial = _outward(depth, hollow)
         _crypt_cells(ground, region, depth, hollow, radial)
         lamina = np.clip((-1.0 - depth) / 2, 0, 1)
-        spindle_cells(ground, region, lamina, 1300)
-        immune_cells(ground, region, lamina * np.clip(0.8 + 0.4 * region.noise(LOW, 0.5), 0.15, 1), 5.0)
+        spindle_cells(ground, region, lamina, 1700)
+        immune_cells(ground, region, lamina * np.clip(0.9 + 0.4 * region.noise(LOW, 0.5), 0.3, 1), 9.0)
 
 
 def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +174,7 @@ def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
     wx, wy = x + 0.22 * p.crypt_um * region.noise(LOW, 0.5), y + 0.22 * p.crypt_um * region.noise(LOW, 0.5)
     wx, wy = wx + 1.3 * region.noise(MID, 1.3), wy + 1.3 * region.noise(MID, 1.3)
     u, v = np.cos(turn) * wx + np.sin(turn) * wy, np.cos(turn) * wy - np.sin(turn) * wx
-    pitch = p.crypt_um * rng.uniform(1.22, 1.42)
+    pitch = p.crypt_um * rng.uniform(1.14, 1.32)
     seeds = fields.lattice(rng, (u.min() / length, v.min()), (u.max() / length, v.max()), pitch, 0.17)
     near, _ = fields.voronoi(u / length, v, seeds, pitch)
     size = radius * np.clip(1 + 0.10 * rng.standard_normal(len(seeds)), 0.75, 1.25)
@@ -191,7 +191,7 @@ def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
         ],
         1,
     )
-    whole = sample(region.inside, region, back) > 0.75 * radius
+    whole = sample(region.inside, region, back) > 0.4 * radius
     x0, y0 = region.origin
     h, w = region.shape
     whole &= (
@@ -214,14 +214,14 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
     inside = (depth > 0) & (hollow < -2)
     middle = inside * (depth > 12.5) * (hollow < -6)
     fertile = np.clip(0.85 + 0.25 * region.noise(LOW, 0.5), 0.2, 1)
-    at = ground.spots(region, middle * fertile, 5200 * min(p.goblet, 2.0), 3.0)
+    at = ground.spots(region, middle * fertile, 6500 * min(p.goblet, 2.0), 3.0)
     heading = sample(radial, region, at) + 0.15 * rng.standard_normal(len(at))
     size = rng.uniform(5.2, 8.6, len(at))
     ellipses = np.stack(
         [at[:, 0], at[:, 1], size * 1.15, size * rng.uniform(0.72, 0.92, len(at)), heading], 1
     )
     ellipses = ellipses.astype(np.float32)
-    ellipses = ellipses[ground.crowd.admit(ellipses, 0.93, len(at) // 2)]
+    ellipses = ellipses[ground.crowd.admit(ellipses, 0.86, len(at) // 2)]
     n = len(ellipses)
     blue = rng.uniform(0, 1, n) ** 1.5 * rng.uniform(0.3, 1)
     ground.body(
@@ -241,7 +241,7 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
         rough=0.10,
     )
     row = inside * np.clip((depth - 2.6) / 1.0, 0, 1) * np.clip((10.5 - depth) / 2.5, 0, 1)
-    ground.scatter(region, "epithelial", _stretched(CRYPT, p.elongation), 15500, row, radial, 0.16, 0.88, 3)
+    ground.scatter(region, "epithelial", _stretched(CRYPT, p.elongation), 19000, row, radial, 0.16, 0.80, 3)
     stray = inside * (depth > 9) * (hollow < -10)
     ground.scatter(region, "epithelial", _stretched(CRYPT, p.elongation), 700, stray * 1.0, radial, 0.3, 0.9)
     ground.scatter(region, "mitosis", MITOSIS, 8, stray * 1.0, radial, 1.0, 0.9, 4)
@@ -256,7 +256,7 @@ def plan_necrosis(ground: Ground) -> None:
         old = (depth > 2) & (hollow < -4)
         low, other = region.noise(LOW, 0.9), region.noise(LOW, 0.45)
         ground.scatter(
-            region, "ghost", GHOST, 3200 * p.ghosts, old * np.clip(0.6 + 0.4 * low, 0, 1), radial, 0.3, 0.8
+            region, "ghost", GHOST, 4200 * p.ghosts, old * np.clip(0.7 + 0.4 * low, 0, 1), radial, 0.3, 0.8
         )
         swarm = np.clip(0.12 + 0.75 * other, 0.02, 1)
         ground.scatter(region, "pyknotic", PYKNOTIC, 3000 * p.dust, swarm, None, squeeze=0.8)

@@ -78,6 +78,7 @@ class Ground:
         self.maps[..., DEPTH] = self.maps[..., HOLLOW] = -60
         self.region_of = np.zeros(self.classes.shape, np.uint16)
         self.table = [_row(TissueParams(), 0.0)]
+        self.shift = float(np.random.default_rng([self.seed, 5]).uniform(0, 8000))
         height, width = self.classes.shape
         self.size_um = (width * GRID_UM, height * GRID_UM)
         self.crowd = Crowd(*self.size_um)
@@ -141,7 +142,7 @@ class Ground:
         rows[:, 8] = look.nucleoli * region.params.nucleoli
         rows[:, 9] = look.rough * region.params.outline * rng.uniform(0.5, 1.5, n)
         rows[:, 10] = look.halo
-        rows[:, 11] = rng.uniform(0.4, 0.9, n)
+        rows[:, 11] = look.blur_um * rng.uniform(0.7, 1.5, n)
         rows[:, 12] = rng.uniform(0, 97, n)
         rows = rows[self.crowd.admit(np.ascontiguousarray(rows[:, :5]), squeeze, wanted)]
         self.nuclei.append((rows, region.cls, kind))

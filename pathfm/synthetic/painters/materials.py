@@ -33,14 +33,15 @@ def _ramp(value, width):
 
 
 @njit(fastmath=True, nogil=True)
-def _collagen(noise, p, x, y, along, across, depth, um, loose):
+def _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl):
     """Wavy bundles with clefts; within 12 um of epithelium they wrap around it."""
-    s = 1.35 * p[FIBRE_UM]
-    c = look(noise, FIBRE, along / s, across / s)
-    f = look(noise, FIBRIL, along / s, across / s)
+    s = size * p[FIBRE_UM]
     g = look(noise, GRAIN, x, y)
     m = look(noise, MID, x, y)
     low = look(noise, LOW, x, y)
+    across += curl * m + 0.12 * g
+    c = look(noise, FIBRE, along / s, across / s)
+    f = look(noise, FIBRIL, along / (0.8 * s), across / (0.8 * s))
     if -11.0 < depth < 0.0:
         k = _ramp(-depth - 6.0, 4.0)
         sheath = look(noise, FIBRE, (x + y) * 0.35, -depth * 0.9 + 0.8 * m + 300.0)
@@ -48,7 +49,7 @@ def _collagen(noise, p, x, y, along, across, depth, um, loose):
         loose = loose * k + (1 - k) * loose * 0.6
     loose += 0.22 * low
     t = c + 0.5 * f + 0.5 * m
-    gap = _ramp(1.75 * loose - 2.05 - t, 0.3)
+    gap = _ramp(1.6 * loose - 2.1 - t, 0.3)
     dense = 1 - 0.28 * min(max(loose, 0.0), 1.2)
     e = (0.60 + 0.14 * math.tanh(c) + 0.10 * f + 0.05 * g + 0.06 * m + 0.03 * low) * dense
     h = 0.075 + 0.02 * math.tanh(c) + 0.02 * f + 0.012 * g
@@ -56,17 +57,26 @@ def _collagen(noise, p, x, y, along, across, depth, um, loose):
 
 
 @njit(fastmath=True, nogil=True)
-def _muscle(noise, p, x, y, along, across, depth, um):
+def _muscle(noise, p, x, y, along, across, depth, crosscut, um):
     """Long parallel fibres in fascicles; perimysium is pale and loose."""
-    s = 2.3 * p[FIBRE_UM]
-    c = look(noise, FIBRE, along / s, across / s)
-    f = look(noise, FIBRIL, along / (1.6 * p[FIBRE_UM]), across / (1.6 * p[FIBRE_UM]))
+    s = 1.9 * p[FIBRE_UM]
     g = look(noise, GRAIN, x, y)
     m = look(noise, MID, x, y)
     low = look(noise, LOW, x + 999.0, y)
-    e = 0.63 + 0.075 * math.tanh(c) + 0.07 * f + 0.05 * g + 0.05 * m + 0.03 * low
-    h = 0.10 + 0.018 * f + 0.012 * g + 0.015 * m
-    split = _ramp(-(c + 0.3 * f + 0.45 * m + 2.25 - 0.5 * low - 0.6 * p[LOOSE]), 0.2)
+    if crosscut:
+        c = 0.9 * look(noise, MID, x * 1.9, y * 1.9)
+        f = look(noise, GRAIN, x * 0.5, y * 0.5)
+        q = (look(noise, MID, x * 2.3 + 77.0, y * 2.3) + 0.1 * g) / 0.22
+        line = 1 / (1 + q * q)
+    else:
+        across += 0.45 * m
+        c = look(noise, FIBRE, along / (1.5 * s), across / s)
+        f = look(noise, FIBRIL, along / (0.8 * s), across / (0.65 * s))
+        q = (look(noise, FIBRE, along / (2.4 * s) + 91.0, across / s) + 0.1 * f) / 0.16
+        line = 1 / (1 + q * q)
+    e = 0.66 + 0.085 * math.tanh(c) + 0.075 * f + 0.04 * g + 0.05 * m + 0.03 * low - 0.15 * line
+    h = 0.11 + 0.02 * f + 0.012 * g + 0.015 * m - 0.02 * line
+    split = _ramp(-(c + 0.3 * f + 0.45 * m + 2.35 - 0.5 * low - 0.6 * p[LOOSE]), 0.25)
     width = max(0.4, 1.6 + 2.2 * low + 3.0 * (p[LOOSE] - 0.4))
     seam = _ramp(width + 1.0 * m - depth, 1.0)
     if seam > 0.02:
@@ -106,10 +116,10 @@ def _mucus(noise, p, x, y, along, across, um):
     strand = 1 / (1 + q * q)
     q = (k + 0.6 * m - 0.3 * f) / 0.13
     strand = (strand + 0.8 / (1 + q * q)) * _ramp(low + 0.6, 0.9)
-    body = p[MUCIN] * (0.15 + 0.07 * low + 0.03 * c + 0.04 * f + 0.04 * m + 0.035 * g)
+    body = p[MUCIN] * (0.25 + 0.09 * low + 0.04 * c + 0.05 * f + 0.06 * m + 0.025 * g)
     void = _ramp(look(noise, LOW, x * 2.1 + 500.0, y * 2.1) + 0.25 * m - 0.75, 0.5)
-    h = max(body, 0.0) + 0.15 * strand * p[MUCIN]
-    e = 0.05 + 0.35 * max(body, 0.0) + 0.11 * strand + 0.02 * g
+    h = max(body, 0.0) + 0.22 * strand * p[MUCIN]
+    e = 0.05 + 0.40 * max(body, 0.0) + 0.17 * strand + 0.02 * g
     return h * (1 - 0.85 * void), e * (1 - 0.85 * void)
 
 
@@ -125,12 +135,12 @@ def _dead(noise, p, x, y, depth, hollow, nx, ny, um):
     ghost = p[GHOSTS] * min(1.0, 0.75 + 0.3 * low)
     wall = _ramp(depth + 1.5 * m, 2.0) * (1 - _ramp(hollow + 2.0 * m, 3.0))
     stripe = look(noise, GRAIN, (x - nx * depth) * 0.5, (y - ny * depth) * 0.5)
-    e += ghost * (wall * (0.13 + 0.06 * stripe) - 0.08)
-    h += ghost * wall * 0.03
-    q = (depth + 1.5 * m) / 1.5
+    e += ghost * (wall * (0.20 + 0.07 * stripe) - 0.12)
+    h += ghost * wall * (0.05 + 0.02 * stripe)
+    q = (depth + 1.5 * m) / 1.2
     e += ghost * 0.10 / (1 + q * q)
-    pit = _ramp(-(m + 0.5 * g2 + 0.3 * g + 1.55 + 0.35 * low) + ghost * 0.55 * _ramp(hollow, 4.0), 0.25)
-    return max(h, 0.0) * (1 - 0.9 * pit), max(e, 0.05) * (1 - 0.9 * pit)
+    pit = _ramp(-(m + 0.25 * g2 + 1.75 + 0.4 * low) + ghost * 0.8 * _ramp(hollow, 4.0) * (1 - wall), 0.45)
+    return max(h, 0.0) * (1 - 0.8 * pit), max(e, 0.05) * (1 - 0.85 * pit)
 
 
 @njit(fastmath=True, nogil=True)
@@ -142,7 +152,7 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     stripe = look(noise, GRAIN, fx * 0.42, fy * 0.42)
     if tumour:
         e = 0.43 + 0.05 * g + 0.055 * m + 0.055 * stripe
-        h = 0.20 * p[BASO] + 0.03 * m + 0.03 * g + 0.02 * stripe
+        h = 0.27 * p[BASO] + 0.03 * m + 0.03 * g + 0.02 * stripe
     else:
         e = 0.45 + 0.05 * g + 0.05 * m + 0.05 * stripe
         h = 0.17 + 0.03 * m + 0.025 * g + 0.02 * stripe
@@ -151,7 +161,7 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     h *= 1 - 0.6 * slit
     q = (depth - 0.6) / 0.9
     e += 0.10 / (1 + q * q)
-    edge = hollow + 0.9 * stripe + 0.5 * m
+    edge = hollow + 0.35 * stripe + 0.6 * m + 0.15 * g
     if edge > -12.0:
         apical = _ramp(edge + 8.0, 5.0)
         e += 0.06 * apical
@@ -166,7 +176,7 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
 
 
 @njit(fastmath=True, nogil=True)
-def _fat(noise, p, x, y, um, fat_cells, fat_seeds, block_um):
+def _fat(x, y, fat_cells, fat_seeds, block_um):
     """Distance in um from the wall between adipocytes (rounded power cells), and a number for the cell."""
     bi = min(max(int(y / block_um), 0), fat_cells.shape[0] - 1)
     bj = min(max(int(x / block_um), 0), fat_cells.shape[1] - 1)
@@ -197,7 +207,7 @@ def _fat(noise, p, x, y, um, fat_cells, fat_seeds, block_um):
 
 
 @njit(fastmath=True, nogil=True)
-def _adipose(noise, p, x, y, along, across, depth, um, fat_cells, fat_seeds, block_um):
+def _adipose(noise, p, x, y, depth, um, fat_cells, fat_seeds, block_um, shift):
     m = look(noise, MID, x, y)
     if depth > -4.0:
         septum = _ramp(depth + 2.0 * m, 0.8)
@@ -208,42 +218,42 @@ def _adipose(noise, p, x, y, along, across, depth, um, fat_cells, fat_seeds, blo
         low = look(noise, LOW, x * 1.7, y * 1.7)
         wx, wy = (
             x + 2.2 * look(noise, LOW, x * 6.0, y * 6.0),
-            y + 2.2 * look(noise, LOW, y * 6.0 + 700.0, x * 6.0),
+            y + 2.2 * look(noise, LOW, x * 6.0 + 540.0, y * 6.0),
         )
-        gap, cell = _fat(noise, p, wx, wy, um, fat_cells, fat_seeds, block_um)
+        gap, cell = _fat(wx - shift, wy - shift, fat_cells, fat_seeds, block_um)
         f = look(noise, FIBRIL, x * 0.8, y * 0.8)
-        half = p[WALL_UM] * (0.62 + 0.30 * low + 0.12 * m)
+        half = p[WALL_UM] * (0.56 + 0.28 * low + 0.16 * m)
         half = max(half, 0.28)
         wall = _ramp(half - gap, 0.45 + 0.35 * um)
         inner = gap - half
         tear = _ramp(look(noise, LOW, x * 2.3 + 40.0, y * 2.3) - 1.45, 0.12)
-        e = wall * (0.46 + 0.13 * f + 0.08 * m + 0.10 * low) * (1 - 0.85 * tear)
+        e = wall * (0.52 + 0.14 * f + 0.09 * m + 0.10 * low) * (1 - 0.85 * tear)
         h = wall * (0.10 + 0.05 * low) * (1 - 0.85 * tear)
         if inner > 0:
             veil = _ramp(look(noise, LOW, x * 1.1 + 17.0 * (cell % 13), y * 1.1) + 0.06 * m - 1.15, 0.06)
-            e += veil * (0.11 + 0.05 * low + 0.02 * f)
+            e += veil * (0.07 + 0.05 * low + 0.02 * f)
             h += veil * 0.02
     if septum > 0.0:
-        sh, se = _collagen(noise, p, x, y, along, across, -30.0, um, 0.75)
+        sh, se = _collagen(noise, p, x, y, 0.5 * (x + y), 1.1 * depth, -30.0, um, 0.65, 1.0, 1.5)
         h = h * (1 - septum) + sh * septum
         e = e * (1 - septum) + se * septum
     return h, e
 
 
 @njit(fastmath=True, nogil=True)
-def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um):
+def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um, shift):
     """Haematoxylin and eosin of one point of one class; q holds the six interpolated maps."""
     along, across, depth, hollow, nx, ny = q
     if cls == ADIPOSE:
-        h, e = _adipose(noise, p, x, y, along, across, depth, um, fat_cells, fat_seeds, block_um)
+        h, e = _adipose(noise, p, x, y, depth, um, fat_cells, fat_seeds, block_um, shift)
     elif cls == MUSCLE:
-        h, e = _muscle(noise, p, x, y, along, across, depth, um)
+        h, e = _muscle(noise, p, x, y, along, across, depth, hollow > 0, um)
     elif cls == LYMPHOCYTES:
         h, e = _lymphoid(noise, p, x, y, along, across, depth, um)
     elif cls == NECROSIS:
         h, e = _dead(noise, p, x, y, depth, hollow, nx, ny, um)
     elif cls == STROMA:
-        h, e = _collagen(noise, p, x, y, along, across, depth, um, p[LOOSE])
+        h, e = _collagen(noise, p, x, y, along, across, depth, um, p[LOOSE], 1.15, 1.1)
     else:
         epithelium = 0.0
         rough = depth
@@ -255,8 +265,8 @@ def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um):
             if cls == MUCUS:
                 h, e = _mucus(noise, p, x, y, along, across, um)
             else:
-                loose = p[LOOSE] + (0.25 if cls == NORMAL else 0.1)
-                h, e = _collagen(noise, p, x, y, along, across, depth, um, loose)
+                loose, size, curl = (p[LOOSE] + 0.7, 0.8, 3.2) if cls == NORMAL else (p[LOOSE] + 0.1, 1.05, 1.3)
+                h, e = _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl)
                 if depth > -16.0 and cls == TUMOUR:
                     low = look(noise, LOW, x * 1.6 + 333.0, y * 1.6)
                     reach = 14.0 * p[CLEFT] * max(low + 0.15, 0.0)
@@ -271,8 +281,11 @@ def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um):
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def paint(h, e, x0, y0, um, codes, shares, maps, region_of, table, fat_cells, fat_seeds, block_um, noise):
-    """Fill the window's haematoxylin h and eosin e, whose corner is (x0, y0) um, with everything but nuclei."""
+def paint(h, e, x0, y0, um, codes, shares, maps, region_of, table, fat_cells, fat_seeds, block_um, noise, shift):
+    """Fill the window's haematoxylin h and eosin e, whose corner is (x0, y0) um, with everything but nuclei.
+
+    `shift` (um) moves this slide to its own place in the noise.
+    """
     rows, columns = codes.shape
     for i in range(h.shape[0]):
         y = y0 + (i + 0.5) * um
@@ -311,11 +324,11 @@ def paint(h, e, x0, y0, um, codes, shares, maps, region_of, table, fat_cells, fa
             p = table[region_of[near_y, near_x]]
             oh, oe = 0.0, 0.0
             if one > 0:
-                oh, oe = _pixel(one, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um)
+                oh, oe = _pixel(one, noise, p, x + shift, y + shift, q, um, fat_cells, fat_seeds, block_um, shift)
             if share < 1.0:
                 bh, be = 0.0, 0.0
                 if other > 0:
-                    bh, be = _pixel(other, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um)
+                    bh, be = _pixel(other, noise, p, x + shift, y + shift, q, um, fat_cells, fat_seeds, block_um, shift)
                 oh = share * oh + (1 - share) * bh
                 oe = share * oe + (1 - share) * be
             h[i, j] = oh
