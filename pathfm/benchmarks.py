@@ -97,6 +97,13 @@ class TileSet:
         """(n,) whose tissue it is: patient_id, else slide_id, else None."""
         return patients(self.table)
 
+    @property
+    def xy_um(self) -> np.ndarray | None:
+        """(n, 2) upper-left corners on the slide in um, from x, y (level-0 px) and slide_mpp; None without them."""
+        if not {"x", "y", "slide_mpp"} <= set(self.table):
+            return None
+        return self.table[["x", "y"]].to_numpy(float) * self.table[["slide_mpp"]].to_numpy(float)
+
     def image(self, row: int) -> np.ndarray:
         """(h, w, 3) uint8. Raises InputError where the file changed since it was checked."""
         path = self.table["path"].iloc[row]

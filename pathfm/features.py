@@ -18,7 +18,7 @@ from pathfm import export
 from pathfm.benchmarks import TileSet
 from pathfm.descriptors import DESCRIPTORS, VERSION
 from pathfm.errors import InputError, nearest
-from pathfm.storage import atomic_path, cache_dir, progress, read_json, write_json
+from pathfm.storage import atomic, cache_dir, progress, read_json, write_json
 
 FLOORS = ("chance", *DESCRIPTORS, "metadata")
 POOLS = ("cls", "mean", "both")
@@ -248,23 +248,27 @@ def _effective_mpp(extractor: _Extractor, tiles: TileSet) -> float | None:
 
 
 def _write(path: Path, extractor: _Extractor, tiles: TileSet, batch_size: int, name: str) -> int:
-    """Fills the cache file batch by batch and returns the number of features."""
-    with atomic_path(path) as partial:
-        out, start = None, 0
-        batches = progress(tiles.images(batch_size), name, -(-len(tiles) // batch_size), "batch")
+    """Writes the features as .npy batch by batch and returns how many a tile has.
+
+    Through plain writes: a memory map would end the process, not raise, where the disk is full.
+    """
+    start = width = 0
+    batches = progress(tiles.images(batch_size), name, -(-len(tiles) // batch_size), "batch")
+    with atomic(path) as file:
         for images in batches:
-            stop = start + len(images)
-            x = extractor.features(images, tiles.table.iloc[start:stop])
+            rows = tiles.table.iloc[start : start + len(images)]
+            x = np.ascontiguousarray(extractor.features(images, rows), dtype="<f4")
             bad = ~np.isfinite(x).all(axis=1)
             if bad.any():
-                file = tiles.table["file"].iloc[start + int(bad.argmax())]
-                raise InputError(f"features '{name}' hold NaN or infinity, first for {file}; look at the weights")
-            if out is None:
-                out = np.lib.format.open_memmap(partial, "w+", np.float32, (len(tiles), x.shape[1]))
-            out[start:stop] = x
-            start = stop
-        out.flush()
-    return out.shape[1]
+                first = rows["file"].iloc[int(bad.argmax())]
+                raise InputError(f"features '{name}' hold NaN or infinity, first for {first}; look at the weights")
+            if not start:
+                width = x.shape[1]
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(tiles), width)}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(x.tobytes())
+            start += len(images)
+    return width
 
 
 def _stale(path: Path, record: Path, n: int) -> bool:

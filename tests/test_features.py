@@ -1,5 +1,6 @@
 """Frozen features are those of the model, are computed once, and stand on floors."""
 
+import errno
 from dataclasses import replace
 
 import numpy as np
@@ -163,6 +164,16 @@ def test_a_killed_extraction_leaves_nothing(tiles, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         extract(model, tiles, batch_size=4)
     assert [p.suffix for p in cache.iterdir() if p.suffix != ".lock"] == []
+
+
+def test_a_full_disk_is_an_error_that_says_so(tiles, cache, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(InputError, match="no space left while writing"):
+        extract("colour", tiles)
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
 def test_features_that_are_not_finite_are_refused_by_name(tiles, cache):
