@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,12 +37,14 @@ class Cohort:
         """
         csv = Path(csv)
         try:
-            table = pd.read_csv(csv, dtype=dict.fromkeys(TEXT, str), encoding="utf-8-sig")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+                table = pd.read_csv(csv, dtype=dict.fromkeys(TEXT, str), encoding="utf-8-sig", index_col=False)
         except FileNotFoundError:
             raise InputError(f"{csv} does not exist; give the path of the cohort's CSV") from None
         except pd.errors.EmptyDataError:
             raise InputError(f"{csv} is empty; it needs the columns {', '.join(REQUIRED)}") from None
-        except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError, OSError) as error:
             raise InputError(f"{csv} is no CSV that can be read ({error}); save it as UTF-8 CSV") from None
         if "path" in table:
             folder = csv.resolve().parent

@@ -155,7 +155,7 @@ class Slide:
         step = plan.mpp / self.mpp / down  # level pixels per output pixel
         left, top = x / down, y / down
         if not plan.resampled and left == int(left) and top == int(top):
-            return np.asarray(self._level(int(left), int(top), width, height, plan)[0])
+            return np.array(self._level(int(left), int(top), width, height, plan)[0])
         if width * height * step * step > BLOCK_PX and max(width, height) > 1:
             return self._in_halves(x, y, width, height, plan)
         margin = math.ceil(2 * max(step, 1)) + 2  # the bicubic filter reaches two output pixels
@@ -168,7 +168,7 @@ class Slide:
             left - at_col + width * step,
             top - at_row + height * step,
         )
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+        return np.array(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
     def _in_halves(self, x: float, y: float, width: int, height: int, plan: ReadPlan) -> np.ndarray:
         """`_pixels` of a region too large to hold, in two parts that agree where they meet."""

@@ -1,0 +1,35 @@
+"""Fixtures that several test files share: a tiny synthetic cohort and its index, made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pathfm.index import SlideIndex
+from pathfm.synthetic import tiny_cohort
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    """Four slides of 0.6 mm, two patients, 0.5 and 0.25 mpp in turn."""
+    return tiny_cohort(tmp_path_factory.mktemp("tiny"), n=4)
+
+
+@pytest.fixture(scope="session")
+def index(cohort, tmp_path_factory):
+    return SlideIndex.build(cohort, tmp_path_factory.mktemp("index"), workers=0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real slides and tiles; skips where it is missing, fails there under CI=true."""
+    given = os.environ.get("PATHFM_TEST_DATA")
+    folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "slides").is_dir():
+        reason = "no real slides: set PATHFM_TEST_DATA to the folder that holds slides/ and tiles/"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
