@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pathfm.synthetic.appearance import Knobs
 from pathfm.synthetic.cohorts import embedded, make_cohort, tiny_cohort
+from pathfm.synthetic.morphometry import contact_sheet, morphometry
 from pathfm.synthetic.painters import CLASSES
 from pathfm.synthetic.slides import render
 from pathfm.synthetic.tiles import labelled_tiles
@@ -22,10 +23,12 @@ __all__ = [
     "GENERATOR_VERSION",
     "Knobs",
     "Truth",
+    "contact_sheet",
     "embedded",
     "generator_hash",
     "labelled_tiles",
     "make_cohort",
+    "morphometry",
     "render",
     "tiny_cohort",
 ]
