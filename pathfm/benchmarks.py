@@ -23,6 +23,7 @@ ORDERS = 20  # of units that a split tries before it gives up
 UNITS = {"tile": None, "patient": "patient_id", "centre": "centre"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validate", "validation", "test"}
+TEXT = ("file", "label", "patient_id", "slide_id", "centre", "role")  # columns of a manifest without empty cells
 QUARANTINE = ["file", "label", "reason"]
 
 
@@ -120,10 +121,8 @@ class TileSet:
 
     def subset(self, rows) -> TileSet:
         """The rows of a boolean mask or of integer positions."""
-        rows = np.asarray(rows)
-        return replace(
-            self, table=self.table.iloc[np.flatnonzero(rows) if rows.dtype == bool else rows].reset_index(drop=True)
-        )
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else rows
+        return replace(self, table=self.table.iloc[rows].reset_index(drop=True))
 
     def split(
         self,
@@ -146,18 +145,22 @@ class TileSet:
     def folds(self, by: str = "centre", n: int | None = None, seed: int = 0) -> Iterator[tuple[str, TileSet]]:
         """(name, tiles) with each centre or patient, or each of `n` groups of them, as test once.
 
-        Of the rest, a quarter is validate by the same unit, or by patient where the rest is one unit or two.
+        Of the rest, a quarter is validate by the same unit, or by patient where the rest is two units or one.
         """
         column = _column(self.table, by)
-        units = self.table[column].astype(str).to_numpy()
+        units = (self.table.index if column is None else self.table[column]).to_numpy(str)
         names = np.unique(units)
-        if len(names) < 2:
-            raise InputError(f"folds by {by} need at least two of them; {self.name} has {len(names)}")
-        groups = np.array_split(np.random.default_rng(seed).permutation(names), n) if n else names[:, None]
+        n = len(names) if n is None else n
+        if not 2 <= n <= len(names):
+            raise InputError(f"{n} folds by {by} cannot be made: {self.name} has {len(names)}; take 2 or more")
+        groups = (
+            names[:, None] if n == len(names) else np.array_split(np.random.default_rng(seed).permutation(names), n)
+        )
+        smaller = "tile" if patient_column(self.table) is None else "patient"
         for group in groups:
             test = np.isin(units, group)
             rest = self.table[~test]
-            inner = by if len(names) - len(group) > 2 else "patient"
+            inner = by if len(names) - len(group) > 2 else smaller
             role = pd.Series("test", index=self.table.index)
             role[~test] = draw_roles(rest, inner, seed, {"probe-train": 0.75, "validate": 0.25})
             table = self.table.assign(role=role)
@@ -178,7 +181,7 @@ class TileSet:
 
 
 def patient_column(table: pd.DataFrame) -> str | None:
-    """patient_id, else slide_id, else None: the finest unit that is known to be independent."""
+    """The column that says which rows are one patient's: patient_id, else slide_id, else None."""
     return next((column for column in ("patient_id", "slide_id") if column in table), None)
 
 
@@ -261,7 +264,8 @@ def _check(tiles: TileSet, folder: Path) -> None:
 
 def _read_manifest(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype={"file": str, "label": str, "patient_id": str, "slide_id": str, "centre": str})
+        # A class may be called None or NA; only an empty cell is missing.
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a CSV table ({error})") from None
     for column in ("file", "label"):
@@ -269,8 +273,7 @@ def _read_manifest(path: Path) -> pd.DataFrame:
             raise InputError(f"{path} has no column '{column}'; it needs file and label")
     if table.empty:
         raise InputError(f"{path} lists no images")
-    # An empty cell of a column that is there is a mistake, not a patient called nan.
-    for column in ("file", "label", "patient_id", "slide_id", "centre", "role"):
+    for column in TEXT:
         if column in table and table[column].isna().any():
             raise InputError(f"{path}: line {table[column].isna().argmax() + 2} has no {column}")
     if table["file"].duplicated().any():

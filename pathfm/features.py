@@ -74,7 +74,7 @@ def extract(
     name: str | None = None,
     folder: str | Path | None = None,
     batch_size: int = 64,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Features:
     """Features of every tile, from the cache where these weights have seen these images before.
 
@@ -84,6 +84,7 @@ def extract(
                 deviation and input size. Tiles that are not square are cut to their central square
     pool        "cls" token, "mean" of the patch tokens, or "both" side by side
     folder      of the cache; None is <cache_dir>/features
+    device      to move the model to; None leaves it where it is
 
     Raises InputError for an unknown floor or pool, a model without the token asked for, an input size it
     refuses, and features that are not finite.
@@ -123,7 +124,7 @@ class _Extractor:
     preprocess: Callable | None = None
 
 
-def _extractor(model, tiles: TileSet, preprocess, pool: str, device: str) -> _Extractor:
+def _extractor(model, tiles: TileSet, preprocess, pool: str, device: str | None) -> _Extractor:
     if isinstance(model, str) and model in FLOORS:
         return _floor(model, tiles)
     name = type(model).__name__
@@ -136,11 +137,11 @@ def _extractor(model, tiles: TileSet, preprocess, pool: str, device: str) -> _Ex
         raise InputError(f"unknown pool '{pool}'.{nearest(pool, POOLS)}")
     preprocess = preprocess or _timm_preprocess(model)
     weights = fingerprint(model)
-    model = model.eval().to(device)
+    model = model if device is None else model.to(device)
     return _Extractor(
         name=name,
         key=_hash(weights, repr(preprocess), pool),
-        features=lambda images, rows: _embed(model, preprocess, images, pool, device),
+        features=lambda images, rows: _embed(model, preprocess, images, pool),
         provenance={"model": name, "weights": weights, "preprocess": repr(preprocess), "pool": pool},
         preprocess=preprocess,
     )
@@ -168,12 +169,15 @@ def _timm_preprocess(model: nn.Module) -> export.Preprocess:
 
 
 @torch.inference_mode()
-def _embed(model: nn.Module, preprocess: Callable, images: list[np.ndarray], pool: str, device: str) -> np.ndarray:
-    x = torch.cat([preprocess(batch) for batch in _same_size(images)]).to(device)
+def _embed(model: nn.Module, preprocess: Callable, images: list[np.ndarray], pool: str) -> np.ndarray:
+    x = torch.cat([preprocess(batch) for batch in _same_size(images)]).to(next(model.parameters()).device)
+    training = model.training
     try:
-        tokens = model.forward_features(x)
+        tokens = model.eval().forward_features(x)
     except AssertionError as error:  # timm asserts its input size
         raise InputError(f"{type(model).__name__} refuses an input of {tuple(x.shape)}: {error}") from None
+    finally:
+        model.train(training)
     return _pooled(model, tokens, pool).float().cpu().numpy()
 
 

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from pathfm.errors import InputError
 from pathfm.metrics import balanced_accuracy, finite
 from pathfm.neighbours import nearest, vote
-from pathfm.scores import Prediction, paired, scores
+from pathfm.scores import Prediction, interval, paired, scores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +28,7 @@ __all__ = [
     "cross_validate",
     "floor_predictions",
     "floors",
+    "interval",
     "knn",
     "knn_accuracy",
     "leakage",

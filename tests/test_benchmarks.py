@@ -69,6 +69,12 @@ def test_a_manifest_gives_patients_roles_and_mpp(folder, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_class_may_be_called_none(folder):
+    (folder / "b").rename(folder / "None")
+    write_manifest(folder)
+    assert TileSet.from_folder(folder).classes == ["None", "a"]
+
+
 def test_any_column_can_play_the_patient(folder):
     write_manifest(folder, block=list("xyzzy") * 2)
     assert TileSet.from_folder(folder, patient="block").patients.tolist() == list("xyzzy") * 2
@@ -254,8 +260,11 @@ def test_folds_test_every_centre_once():
         seen.append(name)
     assert seen == ["0", "1", "2", "3"]
     assert len(list(tiles.folds("patient", n=5))) == 5
-    with pytest.raises(InputError, match="at least two"):
-        list(made(centres=1).folds("centre"))
+    nobody = TileSet("x", tiles.table.drop(columns=["patient_id", "centre"]))
+    assert len(list(nobody.folds("tile", n=3))) == 3
+    for settings in ({"by": "patient", "n": 41}, {"by": "centre", "n": 1}):
+        with pytest.raises(InputError, match="folds by .* cannot be made"):
+            list(tiles.folds(**settings))
 
 
 def test_synthetic_tiles_go_all_the_way_to_a_table(cohort, tmp_path):

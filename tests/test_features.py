@@ -64,6 +64,13 @@ def test_features_are_the_models_whatever_the_batch(tiles, pool):
     assert found.y.tolist() == tiles.y.tolist()
 
 
+def test_a_model_in_training_stays_so(tiles):
+    model = tiny_vit(proj_drop_rate=0.5).train()
+    assert np.allclose(extract(model, tiles).x, expected(model.eval(), tiles, "cls"), atol=1e-4)
+    extract(model.train(), tiles, pool="mean")
+    assert model.training
+
+
 def test_registers_are_no_patches(tiles):
     model = tiny_vit(reg_tokens=3)
     tokens = model.forward_features(export.Preprocess(PX)(tiles.image(0)))
