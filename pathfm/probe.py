@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from pathfm.errors import InputError
-from pathfm.metrics import balanced_accuracy, finite
+from pathfm.metrics import CONSTANT, balanced_accuracy, finite
 from pathfm.neighbours import nearest, vote
 from pathfm.scores import Prediction, interval, paired, scores
 
@@ -60,7 +60,7 @@ def linear(features: Features, seed: int = 0, grid: Sequence[float] = C_GRID) ->
     train, validate, test = (_rows(features, role) for role in ("probe-train", "validate", "test"))
     x, y = finite(features.x), features.y
     mean, spread = x[train].mean(axis=0), x[train].std(axis=0)
-    x = (x - mean) / np.where(spread > 1e-6, spread, 1)
+    x = (x - mean) / np.where(spread > CONSTANT * np.abs(x[train]).max(axis=0), spread, 1)
     best, chosen, model = -1.0, None, None
     for c in grid:
         model = _fit(x[train], y[train], c, model)

@@ -86,6 +86,12 @@ def test_knn_separates_what_is_separate_and_the_watch_agrees():
     assert watch == pytest.approx(found.balanced_accuracy)
 
 
+def test_the_scale_of_features_does_not_matter():
+    features = study().split("patient")
+    tiny = replace(features, x=features.x * 1e-9)
+    assert probe.linear(tiny).balanced_accuracy == pytest.approx(probe.linear(features).balanced_accuracy, abs=0.01)
+
+
 def test_chance_is_one_over_classes():
     features = study(classes=3).split("patient")
     flat = replace(features, x=np.zeros((len(features), 1), np.float32))
