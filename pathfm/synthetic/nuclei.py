@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from pathfm.synthetic import fields
-from pathfm.synthetic.fields import CHROMATIN, GRAIN, look
+from pathfm.synthetic.fields import CHROMATIN, GRAIN, MID, look
 
 # How a nucleus is drawn, beside its position and axes. All float32, so that a window's nuclei are one array.
 NUCLEUS = (
@@ -216,7 +216,10 @@ def stamp_bodies(h, e, rows, x0, y0, um, noise):
                     continue
                 inside = _step(sd, w) * cover
                 f = 1.0
-                if texture > 0:
+                if texture < 0:
+                    web = look(noise, MID, (dx + shift) * 2.2, (dy - shift) * 2.2) / 0.3
+                    f -= texture * (2.2 / (1 + web * web) - 0.6)
+                elif texture > 0:
                     f += texture * look(noise, GRAIN, (dx + shift) * 0.6, (dy - shift) * 0.6)
                 f -= pallor * math.exp(-d * d * 5)
                 eh, ee = body_h * f, body_e * f
@@ -290,7 +293,7 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
                 clump += 0.3 * (clump * clump - 1)
                 fill = 1 - vesicle + vesicle * (0.40 + 0.85 * edge * (1 + 0.3 * clump)) + grain * clump
                 fill = max(fill, 0.12)
-                red = 0.2
+                red = 0.3
                 for m in range(spots):
                     q = ((u - spot[m, 0]) ** 2 + (v - spot[m, 1]) ** 2) / (spot[m, 2] * spot[m, 2])
                     if q < 6:
@@ -299,5 +302,5 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
                         red += 0.22 * q
                 ink = dark * fill
                 below = h[i, j]
-                h[i, j] = below + cover * (ink + 0.25 * below - below)
+                h[i, j] = below + cover * (ink + 0.15 * below - below)
                 e[i, j] += cover * clears * (red - e[i, j])

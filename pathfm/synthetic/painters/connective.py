@@ -9,10 +9,10 @@ from pathfm.synthetic.fields import LOW, MID
 from pathfm.synthetic.nuclei import Look
 from pathfm.synthetic.painters.ground import ACROSS, ALONG, DEPTH, GRID_UM, HOLLOW, Ground, Region, sample
 
-FIBROBLAST = Look(14.5, 0.20, 0.22, 1.0, 0.25, vesicle=0.15, grain=0.2, rough=0.10, halo=0.10)
-PLUMP = Look(12.0, 0.34, 0.18, 0.75, 0.2, vesicle=0.5, grain=0.2, nucleoli=0.6, rough=0.08, halo=0.10)
-CIGAR = Look(16.5, 0.17, 0.22, 0.95, 0.2, vesicle=0.25, grain=0.22, nucleoli=0.3, rough=0.04, halo=0.22)
-CUT_CIGAR = Look(5.2, 0.85, 0.2, 0.95, 0.2, vesicle=0.25, grain=0.22, rough=0.06, halo=0.25)
+FIBROBLAST = Look(13.5, 0.185, 0.26, 1.15, 0.28, vesicle=0.1, grain=0.2, rough=0.16, halo=0.10)
+PLUMP = Look(10.5, 0.36, 0.22, 0.85, 0.25, vesicle=0.5, grain=0.2, nucleoli=0.6, rough=0.08, halo=0.10)
+CIGAR = Look(14.5, 0.165, 0.24, 1.1, 0.25, vesicle=0.2, grain=0.22, nucleoli=0.2, rough=0.08, halo=0.22)
+CUT_CIGAR = Look(4.3, 0.8, 0.25, 1.1, 0.2, vesicle=0.25, grain=0.22, rough=0.06, halo=0.25)
 ENDOTHELIUM = Look(9.5, 0.24, 0.15, 1.15, 0.15, grain=0.2, rough=0.06, halo=0.0)
 LYMPHOCYTE = Look(6.9, 0.90, 0.10, 1.30, 0.16, vesicle=0.15, grain=0.26, rough=0.06, halo=0.35)
 PLASMA = Look(7.2, 0.86, 0.08, 1.2, 0.12, vesicle=0.35, grain=0.35, rough=0.05, halo=0.0)
@@ -33,7 +33,7 @@ def flows(ground: Ground) -> None:
     turn = rng.uniform(0, np.pi)
     low = [fields.sheet(LOW, shape, GRID_UM, s, tuple(rng.uniform(0, 9000, 2))) for s in (1.2, 0.5, 0.9)]
     along = np.cos(turn) * x + np.sin(turn) * y + 25 * low[2]
-    across = np.cos(turn) * y - np.sin(turn) * x + 75 * low[0] + 9 * wave * low[1]
+    across = np.cos(turn) * y - np.sin(turn) * x + 95 * low[0] + 9 * wave * low[1]
     crimp = np.clip(0.6 + 0.6 * low[2], 0, 1.6) * wave
     across = across + 2.6 * crimp * np.sin(along / 9.5 + 2.2 * low[1] + 1.5 * low[0])
     ground.maps[..., ALONG], ground.maps[..., ACROSS] = along, across
@@ -52,8 +52,8 @@ def spindle_cells(ground: Ground, region: Region, where: np.ndarray, per_mm2: fl
     if (depth > 0).any():
         nx, ny = fields.gradient(depth, 2.0)
         angle = np.where(depth > -10, np.arctan2(-nx, ny), angle).astype(np.float32)
-    ground.scatter(region, "fibroblast", FIBROBLAST, 0.75 * per_mm2, where, angle, 0.16, 0.9)
-    ground.scatter(region, "fibroblast", PLUMP, 0.25 * per_mm2, where, angle, 0.2, 0.9)
+    ground.scatter(region, "fibroblast", FIBROBLAST, 0.8 * per_mm2, where, angle, 0.18, 0.9)
+    ground.scatter(region, "fibroblast", PLUMP, 0.25 * per_mm2, where, angle, 0.3, 0.9)
 
 
 def immune_cells(ground: Ground, region: Region, where: np.ndarray, amount: float) -> None:
@@ -158,8 +158,9 @@ def _endothelium(ground: Ground, region: Region, vessel: np.ndarray) -> None:
 def plan_stroma(ground: Ground) -> None:
     for region in ground.regions(3):
         everywhere = np.ones(region.shape, np.float32)
+        cellular = np.clip(0.6 + 0.4 * region.noise(LOW, 0.7), 0.15, 1)
         vessels(ground, region, everywhere, 42)
-        spindle_cells(ground, region, np.clip(0.75 + 0.3 * region.noise(LOW, 0.7), 0.2, 1), 1750)
+        spindle_cells(ground, region, cellular, 2700)
         immune_cells(ground, region, everywhere, 0.75)
 
 
@@ -231,12 +232,12 @@ def plan_lymphocytes(ground: Ground) -> None:
             texture=0.4,
         )
         mantle = np.exp(-(((centre + 22) / 20) ** 2))
-        pack = np.clip(0.72 + 0.20 * region.noise(LOW, 0.8) + 0.35 * mantle, 0.3, 1) * np.clip(
+        pack = np.clip(0.80 + 0.18 * region.noise(LOW, 0.8) + 0.35 * mantle, 0.3, 1) * np.clip(
             1.05 - 0.75 * inner, 0, 1
         )
         open_ = region.noise(MID, 2.0) + 0.4 * region.noise(LOW, 0.6)
         pack *= np.clip((1.5 - open_) / 0.4, 0.12, 1)
-        ground.scatter(region, "lymphocyte", LYMPHOCYTE, 18500, pack, None, squeeze=0.78, tries=3)
+        ground.scatter(region, "lymphocyte", LYMPHOCYTE, 22000, pack, None, squeeze=0.74, tries=3.5)
         ground.scatter(region, "fibroblast", PLUMP, 260, everywhere, fibre_angle(ground, region), 0.3, 0.8)
         ground.scatter(region, "plasma cell", PLASMA, 300 * p.inflammation, everywhere, None, squeeze=0.9)
 

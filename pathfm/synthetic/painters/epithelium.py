@@ -46,7 +46,7 @@ def glands(region: Region, form: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     hollow = plain + 2.0 * region.noise(MID)
     if sieve.any():
         hollow = np.maximum(hollow, _punched(region, depth, sieve[near]))
-    openness = fields.blur(open_[near].astype(np.float32), 2.0)
+    openness = fields.blur((open_ & ~sieve)[near].astype(np.float32), 2.0)
     return depth, np.minimum(hollow, depth - 9.0).astype(np.float32), openness
 
 
@@ -88,7 +88,7 @@ def _tumour_cells(ground: Ground, region: Region, depth, hollow, openness, radia
     ground.scatter(region, "epithelial", varied(BIZARRE), 90 * grade**2, body * 1.0, None, squeeze=0.85)
     crowded = np.clip(1.0 + 0.22 * region.noise(LOW, 0.6), 0.45, 1)
     apical = np.where(hollow > -30, np.clip((-hollow - 5.0) / 6.0, 0, 1), 1)
-    base = openness * np.clip(1.25 - depth / 46.0, 0, 1) * apical * body * crowded
+    base = openness * np.clip(1.3 - depth / 46.0, 0.25, 1) * apical * body * crowded
     long = _stretched(varied(COLUMNAR), p.elongation)
     ground.scatter(region, "epithelial", long, 14500, base, radial, 0.20, 0.62, 3.2)
     rows = _stretched(varied(COLUMNAR), 0.85 * p.elongation)
@@ -161,7 +161,7 @@ def plan_normal(ground: Ground) -> None:
         _crypt_cells(ground, region, depth, hollow, radial)
         lamina = np.clip((-1.0 - depth) / 2, 0, 1)
         spindle_cells(ground, region, lamina, 1700)
-        immune_cells(ground, region, lamina * np.clip(0.9 + 0.4 * region.noise(LOW, 0.5), 0.3, 1), 9.0)
+        immune_cells(ground, region, lamina * np.clip(0.9 + 0.4 * region.noise(LOW, 0.5), 0.3, 1), 12.0)
 
 
 def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +174,7 @@ def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
     wx, wy = x + 0.22 * p.crypt_um * region.noise(LOW, 0.5), y + 0.22 * p.crypt_um * region.noise(LOW, 0.5)
     wx, wy = wx + 1.3 * region.noise(MID, 1.3), wy + 1.3 * region.noise(MID, 1.3)
     u, v = np.cos(turn) * wx + np.sin(turn) * wy, np.cos(turn) * wy - np.sin(turn) * wx
-    pitch = p.crypt_um * rng.uniform(1.14, 1.32)
+    pitch = p.crypt_um * rng.uniform(1.1, 1.26)
     seeds = fields.lattice(rng, (u.min() / length, v.min()), (u.max() / length, v.max()), pitch, 0.17)
     near, _ = fields.voronoi(u / length, v, seeds, pitch)
     size = radius * np.clip(1 + 0.10 * rng.standard_normal(len(seeds)), 0.75, 1.25)
@@ -216,12 +216,12 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
     fertile = np.clip(0.85 + 0.25 * region.noise(LOW, 0.5), 0.2, 1)
     at = ground.spots(region, middle * fertile, 6500 * min(p.goblet, 2.0), 3.0)
     heading = sample(radial, region, at) + 0.15 * rng.standard_normal(len(at))
-    size = rng.uniform(5.2, 8.6, len(at))
+    size = rng.uniform(5.4, 9.4, len(at))
     ellipses = np.stack(
         [at[:, 0], at[:, 1], size * 1.15, size * rng.uniform(0.72, 0.92, len(at)), heading], 1
     )
     ellipses = ellipses.astype(np.float32)
-    ellipses = ellipses[ground.crowd.admit(ellipses, 0.86, len(at) // 2)]
+    ellipses = ellipses[ground.crowd.admit(ellipses, 0.82, len(at) // 2)]
     n = len(ellipses)
     blue = rng.uniform(0, 1, n) ** 1.5 * rng.uniform(0.3, 1)
     ground.body(
@@ -234,10 +234,10 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
         0.03 + 0.16 * blue,
         0.04 + 0.10 * blue,
         soft=0.7,
-        rim_h=0.07,
-        rim_e=0.17,
+        rim_h=0.10,
+        rim_e=0.16,
         rim=0.8,
-        texture=0.45,
+        texture=-0.9,
         rough=0.10,
     )
     row = inside * np.clip((depth - 2.6) / 1.0, 0, 1) * np.clip((10.5 - depth) / 2.5, 0, 1)

@@ -43,16 +43,17 @@ def _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl):
     c = look(noise, FIBRE, along / s, across / s)
     f = look(noise, FIBRIL, along / (0.8 * s), across / (0.8 * s))
     if -11.0 < depth < 0.0:
-        k = _ramp(-depth - 6.0, 4.0)
+        free = _ramp(-depth - 6.0, 4.0)
         sheath = look(noise, FIBRE, (x + y) * 0.35, -depth * 0.9 + 0.8 * m + 300.0)
-        c = k * c + (1 - k) * (sheath + 0.4)
-        loose = loose * k + (1 - k) * loose * 0.6
+        c = free * c + (1 - free) * (sheath + 0.1)
+        loose = loose * free + (1 - free) * loose * 0.6
     loose += 0.22 * low
-    t = c + 0.5 * f + 0.5 * m
+    k = look(noise, FIBRIL, (0.8 * along + 0.6 * across) / (1.4 * s), (0.8 * across - 0.6 * along) / (1.4 * s))
+    t = c + 0.5 * f + 0.5 * m + 0.25 * k
     gap = _ramp(1.6 * loose - 2.1 - t, 0.3)
-    dense = 1 - 0.28 * min(max(loose, 0.0), 1.2)
-    e = (0.60 + 0.14 * math.tanh(c) + 0.10 * f + 0.05 * g + 0.06 * m + 0.03 * low) * dense
-    h = 0.075 + 0.02 * math.tanh(c) + 0.02 * f + 0.012 * g
+    dense = 1 - 0.20 * min(max(loose, 0.0), 1.2)
+    e = (0.60 + 0.13 * math.tanh(c) + 0.11 * f + 0.07 * k + 0.075 * g + 0.06 * m + 0.03 * low) * dense
+    h = 0.085 + 0.02 * math.tanh(c) + 0.025 * f + 0.015 * k + 0.02 * g
     return h * (1 - 0.9 * gap), max(e, 0.16) * (1 - 0.95 * gap)
 
 
@@ -69,21 +70,22 @@ def _muscle(noise, p, x, y, along, across, depth, crosscut, um):
         q = (look(noise, MID, x * 2.3 + 77.0, y * 2.3) + 0.1 * g) / 0.22
         line = 1 / (1 + q * q)
     else:
-        across += 0.45 * m
+        across += 0.8 * m + 0.1 * g
         c = look(noise, FIBRE, along / (1.5 * s), across / s)
         f = look(noise, FIBRIL, along / (0.8 * s), across / (0.65 * s))
         q = (look(noise, FIBRE, along / (2.4 * s) + 91.0, across / s) + 0.1 * f) / 0.16
         line = 1 / (1 + q * q)
-    e = 0.66 + 0.085 * math.tanh(c) + 0.075 * f + 0.04 * g + 0.05 * m + 0.03 * low - 0.15 * line
-    h = 0.11 + 0.02 * f + 0.012 * g + 0.015 * m - 0.02 * line
+    e = 0.63 + 0.08 * math.tanh(c) + 0.10 * f + 0.07 * g + 0.05 * m + 0.03 * low - (0.24 if crosscut else 0.15) * line
+    h = 0.11 + 0.03 * f + 0.02 * g + 0.015 * m - 0.02 * line
     split = _ramp(-(c + 0.3 * f + 0.45 * m + 2.35 - 0.5 * low - 0.6 * p[LOOSE]), 0.25)
-    width = max(0.4, 1.6 + 2.2 * low + 3.0 * (p[LOOSE] - 0.4))
+    width = max(1.9, 1.6 + 2.2 * low + 3.0 * (p[LOOSE] - 0.4))
     seam = _ramp(width + 1.0 * m - depth, 1.0)
     if seam > 0.02:
-        t = c + 0.6 * f + 0.7 * m
-        loose = _ramp(0.25 - t, 0.35)
-        e = e * (1 - seam) + seam * (0.5 + 0.1 * f) * (1 - 0.95 * loose)
+        t = look(noise, FIBRE, (x - y) * 0.6, 0.8 * depth + 0.8 * m) + 0.7 * m + 0.3 * g
+        loose = _ramp(0.15 - t, 0.45)
+        e = e * (1 - seam) + seam * (0.48 + 0.08 * g) * (1 - 0.93 * loose)
         h = h * (1 - seam) + seam * 0.06 * (1 - 0.9 * loose)
+        split *= 1 - seam
     return h * (1 - 0.9 * split), e * (1 - 0.92 * split)
 
 
@@ -151,11 +153,11 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     fx, fy = x - 0.93 * nx * depth, y - 0.93 * ny * depth
     stripe = look(noise, GRAIN, fx * 0.42, fy * 0.42)
     if tumour:
-        e = 0.43 + 0.05 * g + 0.055 * m + 0.055 * stripe
-        h = 0.27 * p[BASO] + 0.03 * m + 0.03 * g + 0.02 * stripe
+        e = 0.43 + 0.065 * g + 0.055 * m + 0.055 * stripe
+        h = 0.25 * p[BASO] + 0.04 * m + 0.045 * g + 0.02 * stripe
     else:
-        e = 0.45 + 0.05 * g + 0.05 * m + 0.05 * stripe
-        h = 0.17 + 0.03 * m + 0.025 * g + 0.02 * stripe
+        e = 0.45 + 0.07 * g + 0.05 * m + 0.05 * stripe
+        h = 0.19 + 0.04 * m + 0.04 * g + 0.02 * stripe
     slit = _ramp(stripe + 0.5 * m - 1.7, 0.4) * _ramp(depth - 4.0, 3.0)
     e *= 1 - 0.5 * slit
     h *= 1 - 0.6 * slit
@@ -265,11 +267,11 @@ def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um, shift):
             if cls == MUCUS:
                 h, e = _mucus(noise, p, x, y, along, across, um)
             else:
-                loose, size, curl = (p[LOOSE] + 0.7, 0.8, 3.2) if cls == NORMAL else (p[LOOSE] + 0.1, 1.05, 1.3)
+                loose, size, curl = (p[LOOSE] + 0.85, 0.8, 3.2) if cls == NORMAL else (p[LOOSE] + 0.1, 1.05, 1.3)
                 h, e = _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl)
                 if depth > -16.0 and cls == TUMOUR:
                     low = look(noise, LOW, x * 1.6 + 333.0, y * 1.6)
-                    reach = 14.0 * p[CLEFT] * max(low + 0.15, 0.0)
+                    reach = 11.0 * p[CLEFT] * max(low + 0.15, 0.0)
                     split = _ramp(reach + rough - 1.0, 0.9) * _ramp(reach - 1.5, 1.0)
                     h *= 1 - 0.93 * split
                     e *= 1 - 0.93 * split
