@@ -243,6 +243,23 @@ def test_slides_of_another_generator_are_never_mixed_in(tmp_path, monkeypatch):
         tiny_cohort(tmp_path, n=2, side_um=200)
 
 
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    (tmp_path / ".tiny-000.12345678.partial.svs").write_bytes(b"half")
+    tiny_cohort(tmp_path, n=1, side_um=200)
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_worker_that_dies_or_fails_says_so(tmp_path):
+    worker = cohorts._Worker(tmp_path)
+    with pytest.raises(RuntimeError, match="one\\n"):
+        worker.draw(small_spec(pyramid="1-3"))
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(InputError, match="fewer workers"):
+        worker.draw(small_spec())
+    worker.stop()
+
+
 def test_workers_draw_the_same_slides(tmp_path):
     tiny_cohort(tmp_path / "one", n=2, side_um=200)
     todo = [slides.SlideSpec.from_json(read_json(f)["spec"]) for f in sorted((tmp_path / "one").glob("*.json"))]
@@ -310,7 +327,7 @@ def test_class_areas_follow_the_wanted_shares():
         assert 0.35 < 1 - tissue[0] / classes.size < 0.8
         shares = dict(zip(CLASSES, tissue[1:] / tissue[1:].sum(), strict=True))
         for name, wanted in layout.TYPICAL.items():
-            assert shares[name] == pytest.approx(wanted, abs=0.04), (kind, name)
+            assert shares[name] == pytest.approx(wanted, abs=0.05), (kind, name)
 
 
 def test_an_absent_class_is_absent_and_glass_surrounds_the_tissue():

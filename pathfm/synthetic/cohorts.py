@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import json
 import os
+import subprocess
+import sys
+import traceback
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +175,8 @@ def make_slides(todo: list[SlideSpec], folder: Path, name: str, workers: int | N
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         _refuse_strangers(folder)
+        for leftover in folder.glob(".*.partial*"):  # of a process that was killed
+            leftover.unlink()
         missing = [spec for spec in todo if not is_made(spec, folder)]
         for _ in progress(_drawn(missing, folder, workers), f"drawing {name}", len(missing), "slide"):
             pass
@@ -226,27 +232,87 @@ def _refuse_strangers(folder: Path) -> None:
 
 def _drawn(missing: list[SlideSpec], folder: Path, workers: int | None) -> Iterator[str]:
     """Slide ids as they are finished."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    workers = min(workers or _cores(), len(missing))
     if workers <= 1:
         for spec in missing:
             make_slide(spec, folder)
             yield spec.slide_id
         return
     # Fine slides take longest: begin with them, so that no core waits for one at the end.
-    missing = sorted(missing, key=lambda spec: -spec.width_px * spec.height_px)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        running = {pool.submit(make_slide, spec, folder): spec.slide_id for spec in missing}
-        try:
+    waiting = sorted(missing, key=lambda spec: spec.width_px * spec.height_px)
+    processes = [_Worker(folder) for _ in range(workers)]
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            running = {threads.submit(worker.draw, waiting.pop()): worker for worker in processes}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    yield running.pop(future)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+                    worker = running.pop(future)
+                    yield future.result()
+                    if waiting:
+                        running[threads.submit(worker.draw, waiting.pop())] = worker
+    finally:
+        for worker in processes:
+            worker.stop()
 
 
-def _one_thread() -> None:
-    """A process per core needs no threads."""
+class _Worker:
+    """A Python of its own that draws one slide after another.
+
+    Not multiprocessing: its children would run a caller's unguarded script again, and wait here for ever.
+    """
+
+    def __init__(self, folder: Path):
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-c", "from pathfm.synthetic.cohorts import serve; serve()", str(folder)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+
+    def draw(self, spec: SlideSpec) -> str:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(asdict(spec)) + "\n")
+            self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        if not reply:
+            raise InputError(
+                f"the process drawing {spec.slide_id} was stopped, perhaps for want of memory (it needs 1 GB); "
+                "run again with fewer workers: finished slides are kept"
+            )
+        reply = json.loads(reply)
+        if "error" in reply:
+            raise InputError(reply["error"]) if reply["input"] else RuntimeError(reply["error"])
+        return reply["slide_id"]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def serve() -> None:
+    """Draw the slides whose SlideSpec comes in, a line each, into the folder given as the argument."""
     import cv2
 
     cv2.setNumThreads(1)
+    replies, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        spec = SlideSpec.from_json(json.loads(line))
+        try:
+            make_slide(spec, Path(sys.argv[1]))
+            reply = {"slide_id": spec.slide_id}
+        except InputError as error:
+            reply = {"error": str(error), "input": True}
+        except Exception:
+            reply = {"error": f"{spec.slide_id}\n{traceback.format_exc()}", "input": False}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

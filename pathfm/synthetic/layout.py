@@ -192,6 +192,9 @@ def _layers(plot: Plot, grid: _Grid, classes: np.ndarray, base: np.ndarray, area
     cuts = np.round(np.cumsum(wanted) / wanted.sum() * len(cells)).astype(int)
     for name, cut_from, cut_to in zip(order, [0, *cuts[:-1]], cuts, strict=True):
         classes.ravel()[ranked[cut_from:cut_to]] = CODE[name]
+    if plot.kind == "section" and wanted[2] and 0 < cuts[0] < len(ranked):  # muscularis mucosae
+        border = depth.ravel()[ranked[cuts[0]]]
+        classes[base & (np.abs(depth - border) < 22 * grid.shrink)] = CODE["muscle"]
 
 
 def _aggregates(plot: Plot, grid: _Grid, classes: np.ndarray, to_edge: np.ndarray, cells: float) -> None:
@@ -202,8 +205,9 @@ def _aggregates(plot: Plot, grid: _Grid, classes: np.ndarray, to_edge: np.ndarra
     host = np.isin(classes, [CODE["stroma"], CODE["normal"], CODE["muscle"], CODE["adipose"]])
     if not host.any():
         host = classes > 0
+    host &= _distance(classes > 0) > min(110 * grid.shrink, 0.6 * _distance(classes > 0).max())
     wish = -(np.abs(to_edge - plot.lymphocytes_um * grid.shrink) / (90 * grid.shrink)) + 0.7 * grid.noise(300)
-    wish = np.where(host & (_distance(classes > 0) > 50 * grid.shrink), wish, -np.inf)
+    wish = np.where(host, wish, -np.inf)
     radius = rng.uniform(130, 200) * grid.shrink
     count = max(1, round(cells * _COARSE_UM**2 / (np.pi * radius**2)))
     nearest = np.full(grid.shape, np.inf, np.float32)
