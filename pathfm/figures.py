@@ -28,9 +28,10 @@ CLASS_COLOURS = {
 # One colour a method or set of features, everywhere.
 METHOD_COLOURS = {
     "chance": "#BBBBBB",
-    "metadata alone": "#999999",
+    "size and mpp alone": "#999999",
     "colour mean and spread": "#E6C229",
     "colour histogram": "#E69F00",
+    "texture": "#CC79A7",
     "colour + LBP": "#D55E00",
     "random weights": "#56B4E9",
     "pretrained": "#0072B2",

@@ -1,0 +1,190 @@
+"""Panels that more than one figure shows: scores beside their floors, confusions, maps, retrieved tiles, letters."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from pathfm import figures
+from pathfm.benchmarks import TileSet
+
+MARKERS = {"linear": "o", "kNN": "s"}
+GREY = "#555555"
+SAME, OTHER = "#009E73", "#E69F00"  # frames of retrieved tiles: of the query's class, of another
+LABEL = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
+
+
+def method_colour(name: str) -> str:
+    """The fixed colour of a set of features, whatever stands in brackets behind its name; black for others."""
+    return figures.METHOD_COLOURS.get(name.split(" (")[0], "black")
+
+
+def score_intervals(ax: Axes, scores: pd.DataFrame, chance: float) -> Axes:
+    """Balanced accuracy with its 95 % interval, a line a row of `probe.scores`: floors open, others filled.
+
+    chance  1 / number of classes, dashed
+    """
+    table = scores.iloc[::-1].reset_index(drop=True)
+    for place, row in table.iterrows():
+        colour = method_colour(row.features)
+        ax.plot([row.low, row.high], [place, place], color=colour, lw=2.2, solid_capstyle="butt")
+        face = "white" if row.floor else colour
+        ax.plot(row.balanced_accuracy, place, MARKERS.get(row.probe, "o"), mfc=face, mec=colour, mew=1.4, ms=5.5)
+    level(ax, x=chance)
+    names = [row.features if row.floor else f"{row.features}, {row.probe}" for row in table.itertuples()]
+    ax.set_yticks(range(len(table)), names)
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 1), ylim=(-0.6, len(table) - 0.4), xlabel=f"balanced accuracy\n({sizes(table)})")
+    return ax
+
+
+def sizes(scores: pd.DataFrame) -> str:
+    """ "216 tiles of 4 patients" for a table of scores on one test set."""
+    first = scores.iloc[0]
+    known = pd.notna(first.n_patients)
+    return f"{first.n_tiles} tiles of {first.n_patients} patients" if known else f"{first.n_tiles} tiles"
+
+
+def confusion(ax: Axes, truth, predicted, classes: list[str]) -> Axes:
+    """Shares of each true class (row) by predicted class (column), in per cent; zeros are left blank."""
+    counts = pd.crosstab(np.asarray(truth), np.asarray(predicted)).reindex(index=classes, columns=classes, fill_value=0)
+    share = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0).to_numpy()
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="equal")
+    for row, column in zip(*np.nonzero(share.round()), strict=True):
+        colour = "white" if share[row, column] > 55 else "black"
+        ax.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize="x-small", color=colour)
+    ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.tick_params(length=0)
+    ax.set_xlabel("predicted (% of the true class)")
+    return ax
+
+
+def level(ax: Axes, x: float | None = None, y: float | None = None, label: str | None = None) -> None:
+    """A dashed line at what needs no learning, such as chance."""
+    style = {"color": GREY, "lw": 0.9, "ls": (0, (4, 3)), "zorder": 0, "label": label}
+    ax.axvline(x, **style) if y is None else ax.axhline(y, **style)
+
+
+def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: bool = True, most: int = 8) -> Axes:
+    """A scatter of xy (N, 2) coloured by group; a legend below names them, where there are at most `most`."""
+    names = list(np.unique(group))
+    wheel = plt.get_cmap("turbo")(np.linspace(0.03, 0.97, len(names))) if len(names) > most else None
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colours = [
+        figures.CLASS_COLOURS.get(name, cycle[i % len(cycle)] if wheel is None else wheel[i])
+        for i, name in enumerate(names)
+    ]
+    ax.scatter(*xy.T, c=[colours[i] for i in np.searchsorted(names, group)], s=5, lw=0, alpha=0.85, rasterized=True)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
+    ax.spines[:].set_visible(False)
+    if legend and len(names) <= most:
+        handles = [ax.plot([], [], "o", color=c, ms=4, label=n)[0] for c, n in zip(colours, names, strict=True)]
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 2}
+        ax.legend(handles=handles, fontsize="x-small", handletextpad=0.1, columnspacing=0.8, **place)
+    return ax
+
+
+def retrieved(axes, tiles: TileSet, query: int, ids: np.ndarray) -> None:
+    """A query and the tiles found for it in a row of axes; frames say same class (green) or another (orange)."""
+    table = tiles.table
+    labelled = table["label"].nunique() > 1
+    for ax, row in zip(axes, [query, *ids], strict=True):
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(row >= 0)
+        if row < 0:
+            continue
+        ax.imshow(tiles.image(row))
+        entry = table.iloc[row]
+        same = entry["label"] == table["label"].iloc[query]
+        edge = "black" if row == query else "0.7" if not labelled else SAME if same else OTHER
+        ax.spines[:].set(color=edge, linewidth=2.2)
+        name = entry["label"] if labelled else entry["slide_id"]
+        ax.set_title(f"query: {name}" if row == query else name, fontsize=7, loc="center", pad=3)
+        ax.set_xlabel(entry.get("centre", ""), fontsize=7, labelpad=2)
+        if row == query and pd.notna(entry["mpp"]):
+            figures.scale_bar(ax, entry["mpp"])
+
+
+def field(axes, image: np.ndarray, um_per_px: float, *grids: np.ndarray, limits: tuple[float, float] = (0, 1)) -> None:
+    """A field and below it what is known of its patches, down a column of axes.
+
+    grids  (h, w) values, drawn from dark to light between `limits`, or (h, w, 3) colours
+    """
+    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+    figures.image(axes[0], image, um_per_px)
+    for ax, grid in zip(axes[1:], grids, strict=True):
+        ax.imshow(grid, cmap="inferno", vmin=limits[0], vmax=limits[1], extent=extent)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+
+
+def side_label(ax: Axes, text: str) -> None:
+    """A name for a row of images, read upwards at its left, also where the axes are off."""
+    ax.text(-0.04, 0.5, text, transform=ax.transAxes, rotation=90, ha="right", va="center", fontsize=8)
+
+
+def letter(ax: Axes, name: str) -> None:
+    """A bold panel letter before the title that the panel has."""
+    ax.set_title(rf"$\mathbf{{{name}}}$  {ax.get_title(loc='left')}")
+
+
+def sampled(ax, thumbnail, um_per_px, mask, mask_um, names, tile_px: int, slide_mpp: float) -> None:
+    """A slide with the outline of its foreground and the squares of tiles drawn from it, coloured by mpp.
+
+    thumbnail  (h, w, 3) at um_per_px;  mask  (h, w) bool at mask_um
+    names      of the tiles, from `TileStream.names`
+    """
+    figures.image(ax, thumbnail, um_per_px, "foreground, tiles drawn")
+    (height, width), scale = mask.shape, mask_um / um_per_px
+    x, y = ((np.arange(n) + 0.5) * scale - 0.5 for n in (width, height))
+    ax.contour(x, y, mask, [0.5], colors="black", linewidths=0.7)
+    for tile in names.itertuples():
+        side = tile_px * tile.mpp / um_per_px
+        corner = np.array([tile.x, tile.y]) * slide_mpp / um_per_px - 0.5
+        ax.add_patch(plt.Rectangle(corner, side, side, fill=False, lw=1.1, ec=_mpp_colour(tile.mpp)))
+
+
+def _mpp_colour(mpp: float) -> str:
+    return figures.MPP_COLOURS[min(figures.MPP_COLOURS, key=lambda known: abs(np.log(known / mpp)))]
+
+
+def nested(ax: Axes, tiles: dict[float, np.ndarray]) -> None:
+    """Tiles of one place, finest to coarsest, on a two-by-two board; each coarser one frames the next finer.
+
+    tiles  mpp -> (side, side, 3) uint8, all of one side in pixels and one centre
+    """
+    figures.image(ax, np.full((100, 100, 3), 255, np.uint8), title="one place, by µm/px")
+    order = sorted(tiles)
+    for place, mpp in enumerate(order[:4]):
+        inset = ax.inset_axes([0.51 * (place % 2), 0.51 * (1 - place // 2), 0.49, 0.49])
+        figures.image(inset, tiles[mpp], mpp)
+        inset.set_axis_on()
+        inset.set(xticks=[], yticks=[])
+        inset.spines[:].set(visible=True, color=_mpp_colour(mpp), linewidth=2)
+        if place:
+            side = tiles[mpp].shape[0]
+            inner = side * order[place - 1] / mpp
+            corner = [(side - inner) / 2] * 2
+            inset.add_patch(plt.Rectangle(corner, inner, inner, fill=False, lw=1.2, ec=_mpp_colour(order[place - 1])))
+        inset.text(0.96, 0.95, f"{mpp:g}", transform=inset.transAxes, ha="right", va="top", bbox=LABEL)
+
+
+def sweep_points(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> None:
+    """Every run of a sweep as a point, by setting x and coloured by hue; says so where nothing is recorded."""
+    if table.empty:
+        ax.text(0.5, 0.5, "not recorded yet:\nmake sweep", transform=ax.transAxes, ha="center", va="center")
+        ax.set(xticks=[])
+        return
+    places = list(dict.fromkeys(table[x].astype(str)))
+    starts = list(dict.fromkeys(table[hue].astype(str)))
+    for number, start in enumerate(starts):
+        rows = table[table[hue].astype(str) == start]
+        shift = 0.16 * (number - (len(starts) - 1) / 2)
+        ax.plot([places.index(str(v)) + shift for v in rows[x]], rows[y], "o", ms=4, label=start)
+    ax.set_xticks(range(len(places)), [place.replace(",", ", ") for place in places])
+    ax.set(xlabel="µm/px of the tiles", xlim=(-0.5, len(places) - 0.5))
+    ax.legend(loc="lower right")
