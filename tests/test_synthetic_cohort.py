@@ -26,6 +26,7 @@ from pathfm.synthetic import (
     labelled_tiles,
     layout,
     make_cohort,
+    oracles,
     render,
     slides,
     tiny_cohort,
@@ -408,6 +409,66 @@ def test_the_same_tissue_under_every_centre():
     assert np.abs(own.astype(int) - other).mean() > 2
     grey = [np.asarray(image, float).mean(-1).ravel() for image in (own, other)]
     assert np.corrcoef(*grey)[0, 1] > 0.9
+
+
+def test_a_special_stain_is_brown_and_the_nuclei_stay():
+    brown = render(small_spec(), stain="DAB")
+    red, blue = brown[..., 0].astype(int), brown[..., 2].astype(int)
+    stained = brown.min(-1) < 180
+    assert (red - blue)[stained].mean() > 30
+    assert np.corrcoef(brown[..., 1].ravel(), render(small_spec())[..., 1].ravel())[0, 1] > 0.7
+    with pytest.raises(InputError, match="no stain"):
+        render(small_spec(), stain="PAS")
+
+
+def test_the_label_on_nucleoli_reaches_a_tenth_of_tumour_nuclei():
+    changed = []
+    for amount in (-5.0, 5.0):
+        slides.tissue.cache_clear()
+        scene = slides.tissue(small_spec(width_px=1280, height_px=1280)).scene
+        before = scene.cells.rows.copy()
+        slides._prominent_nucleoli(scene, amount)
+        moved = (scene.cells.rows != before).any(1)
+        in_tumour = (scene.nuclei["cls"] == 1).sum()
+        changed.append(moved.sum() / in_tumour)
+        assert (scene.cells.rows[moved][:, [0, 1, 2, 3]] == before[moved][:, [0, 1, 2, 3]]).all()
+    slides.tissue.cache_clear()
+    assert 0.03 < max(changed) < 0.12
+
+
+def centre_of(knobs: Knobs) -> float:
+    """Accuracy of the nearest centre in the stain and scanner latents of other patients."""
+    draws = []
+    for seed in range(4):
+        for patient in range(40):
+            origin = Origin(seed, patient % 4, 4, patient, patient)
+            latents = {**appearance.stain(origin, knobs), **appearance.scanner(origin, knobs)}
+            draws.append([seed, patient % 4, *latents.values()])
+    x = np.array(draws)
+    z = (x[:, 2:] - x[:, 2:].mean(0)) / (x[:, 2:].std(0) + 1e-9)
+    right = []
+    for seed in range(4):
+        own, early = x[:, 0] == seed, np.arange(len(x)) % 40 < 20
+        train, test = own & early, own & ~early
+        means = np.stack([z[train & (x[:, 1] == c)].mean(0) for c in range(4)])
+        right.append((((z[test][:, None] - means) ** 2).sum(-1).argmin(1) == x[test, 1]).mean())
+    return float(np.mean(right))
+
+
+def test_the_oracle_sees_a_strong_centre_and_nothing_at_off():
+    assert centre_of(Knobs(centre="strong")) > 0.95
+    assert centre_of(Knobs(centre="off")) == pytest.approx(0.25, abs=0.15)
+
+
+def test_oracles_have_a_row_a_slide_and_a_row_a_tile(tiny, tmp_path):
+    assert oracles.slide_oracle(tiny, "stain").shape == (4, len(appearance.STAIN))
+    manifest = pd.read_csv(labelled_tiles(tiny, tmp_path, tile_px=96, per_class=2) / "manifest.csv")
+    features = oracles.tile_oracle(tiny, manifest, tile_px=96)
+    assert len(features) == len(manifest) and np.isfinite(features.to_numpy()).all()
+    by_class = features.groupby(manifest.label)["count"].mean()
+    assert by_class["lymphocytes"] > 2 * by_class["adipose"]
+    with pytest.raises(InputError, match="no oracle"):
+        oracles.slide_oracle(tiny, "centre")
 
 
 def test_labels_are_noisy_readings_of_their_latents():

@@ -11,6 +11,7 @@ from pathlib import Path
 from pathfm.synthetic.appearance import Knobs
 from pathfm.synthetic.cohorts import embedded, make_cohort, tiny_cohort
 from pathfm.synthetic.morphometry import contact_sheet, morphometry
+from pathfm.synthetic.oracles import slide_oracle, tile_oracle
 from pathfm.synthetic.painters import CLASSES
 from pathfm.synthetic.slides import render
 from pathfm.synthetic.tiles import labelled_tiles
@@ -30,6 +31,8 @@ __all__ = [
     "make_cohort",
     "morphometry",
     "render",
+    "slide_oracle",
+    "tile_oracle",
     "tiny_cohort",
 ]
 

@@ -170,6 +170,21 @@ def stain(origin: Origin, knobs: Knobs) -> dict[str, float]:
     return _latents(origin, "stain", STAIN, knobs)
 
 
+# A second stain in place of eosin: mean density by channel (DAB after Ruifrok & Johnston 2001), counterstain strength.
+SPECIAL = {"DAB": ((0.30, 0.57, 0.78), 0.6)}
+
+
+def special_stain(stain: dict[str, float], name: str) -> dict[str, float]:
+    """`stain` with another dye in place of eosin; what differed between laboratories still does."""
+    if name not in SPECIAL:
+        raise InputError(f"no stain is called {name!r}.{nearest(name, ['H&E', *SPECIAL])}")
+    density, counterstain = SPECIAL[name]
+    changed = dict(stain, h_strength=stain["h_strength"] * counterstain)
+    for channel, value in zip(("e_red", "e_green", "e_blue"), density, strict=True):
+        changed[channel] = value * stain[channel] / STAIN[channel].default
+    return changed
+
+
 def scanner(origin: Origin, knobs: Knobs) -> dict[str, float]:
     """Tone curve, white balance, blur, sharpening, noise and JPEG quality of one slide."""
     return _latents(origin, "scanner", SCANNER, knobs)
@@ -187,11 +202,8 @@ def variant(origin: Origin, class_name: str) -> int:
     return int(rng.choice(VARIANTS, p=weights / weights.sum()))
 
 
-def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0, nucleoli: float = 0.0) -> dict[str, TissueParams]:
-    """How each class is built on one slide: class -> TissueParams.
-
-    immune, nucleoli   the label latents B1 and B2 (standard normal), added to inflammation and tumour nucleoli
-    """
+def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0) -> dict[str, TissueParams]:
+    """How each class is built on one slide: class -> TissueParams; `immune` is the label latent B1."""
     shared = sum(components(origin, "tissue", knobs).values())
     built = {}
     for index, class_name in enumerate(CLASSES):
@@ -201,8 +213,6 @@ def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0, nucleoli: float = 
         z = shared + np.sqrt(SHARES["tissue"]["variants"]) * knobs.strength("variants") * form
         z = dict(zip(TISSUE, z + np.sqrt(SHARES["tissue"]["region"]) * knobs.strength("region") * region, strict=True))
         z["inflammation"] += 1.4 * immune
-        if class_name == "tumour":
-            z["nucleoli"] += 1.2 * nucleoli
         values = {name: float(latent.value(z[name])) for name, latent in TISSUE.items()}
         if class_name == "tumour" and knobs.variants != "off" and which % 6 == 5:
             values["small_cell"] = 1.0

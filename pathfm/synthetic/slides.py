@@ -16,6 +16,7 @@ from pathfm.errors import InputError
 from pathfm.storage import atomic, atomic_path, read_json, write_json
 from pathfm.synthetic import appearance, artefacts, layout, optics, painters
 from pathfm.synthetic.appearance import Knobs, Origin
+from pathfm.synthetic.nuclei import NUCLEUS
 
 TILE_PX = 256
 _BAND_PX = 1024  # rows drawn at a time: a multiple of TILE_PX and of every downsample
@@ -81,8 +82,9 @@ def tissue(spec: SlideSpec) -> Tissue:
     distance = float(120 * np.exp(0.8 * latent["B3"]))
     plot = layout.Plot(spec.width_um, spec.height_um, wanted, spec.kind, distance)
     classes = layout.class_map(plot, _rng(spec, 0))
-    params = appearance.tissue(spec.origin, spec.knobs, latent["B1"], latent["B2"])
+    params = appearance.tissue(spec.origin, spec.knobs, latent["B1"])
     scene = painters.plan(classes, layout.MAP_UM, params, int(_rng(spec, 1).integers(1 << 31)))
+    _prominent_nucleoli(scene, latent["B2"])
     marks = artefacts.draw(_rng(spec, 2), spec.artefacts, classes > 0, spec.origin.slide)
     latents = {
         "labels": labels,
@@ -93,6 +95,20 @@ def tissue(spec: SlideSpec) -> Tissue:
         "variants": {name: appearance.variant(spec.origin, name) for name in painters.CLASSES},
     }
     return Tissue(scene, marks, _gain(spec), latents)
+
+
+def _prominent_nucleoli(scene: painters.Scene, amount: float) -> None:
+    """Add the label B2: more nucleoli the larger `amount`, in a tenth of the tumour's larger nuclei only."""
+    rows = scene.cells.rows
+    if len(rows) == 0:
+        return
+    x, y, radius, nucleoli, salt = (NUCLEUS.index(name) for name in ("x", "y", "a", "nucleoli", "salt"))
+    height, width = scene.class_map.shape
+    line = np.clip(rows[:, y] / scene.map_um, 0, height - 1).astype(int)
+    column = np.clip(rows[:, x] / scene.map_um, 0, width - 1).astype(int)
+    tumour = scene.class_map[line, column] == layout.CODE["tumour"]
+    chosen = tumour & (rows[:, radius] > 3.5) & ((rows[:, salt] * 7.13) % 1 < 0.1)
+    rows[chosen, nucleoli] = np.clip(rows[chosen, nucleoli] + 1.5 + 1.2 * amount, 0, 4)
 
 
 def _gain(spec: SlideSpec) -> np.ndarray:
@@ -108,7 +124,7 @@ def _gain(spec: SlideSpec) -> np.ndarray:
 class Drawing:
     """A slide as one laboratory would stain and scan it; pixels are made when a window is asked for."""
 
-    def __init__(self, spec: SlideSpec, centre: int | None = None, mpp: float | None = None):
+    def __init__(self, spec: SlideSpec, centre: int | None = None, mpp: float | None = None, stain: str = "H&E"):
         origin = spec.origin
         if centre is not None:
             if not 0 <= centre < origin.centres:
@@ -117,6 +133,8 @@ class Drawing:
         self.spec, self.mpp = spec, mpp or spec.mpp
         self.tissue = tissue(spec)
         self.stain = appearance.stain(origin, spec.knobs)
+        if stain != "H&E":
+            self.stain = appearance.special_stain(self.stain, stain)
         self.scanner = appearance.scanner(origin, spec.knobs)
         self._matrix = optics.stain_matrix(self.stain)
         blur_um = 5.0 if self.tissue.marks.defocus is not None else 0.0
@@ -164,14 +182,16 @@ def render(
     width_um: float | None = None,
     height_um: float | None = None,
     mpp: float | None = None,
+    stain: str = "H&E",
 ) -> np.ndarray:
     """The same tissue as `slide` shows, stained and scanned by `centre` (its own by default): (h, w, 3) uint8.
 
     slide   a slide file of a synthetic cohort (its latents lie beside it) or a SlideSpec
-    Before JPEG. Raises InputError when the centre does not exist or the generator has changed since.
+    stain   "H&E", or "DAB" for brown in place of eosin
+    Before JPEG. Raises InputError when the centre or stain does not exist or the generator has changed since.
     """
     spec = slide if isinstance(slide, SlideSpec) else read_spec(slide)
-    drawing = Drawing(spec, centre, mpp)
+    drawing = Drawing(spec, centre, mpp, stain)
     step = drawing.mpp
     width = round((spec.width_um - x_um if width_um is None else width_um) / step)
     height = round((spec.height_um - y_um if height_um is None else height_um) / step)

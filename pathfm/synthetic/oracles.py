@@ -1,0 +1,68 @@
+"""What a perfect encoder would know: the generator's own latent variables, as features for the same probes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from pathfm.cohort import Cohort
+from pathfm.errors import InputError, nearest
+from pathfm.storage import read_json
+from pathfm.synthetic.slides import sidecar
+from pathfm.synthetic.truth import Truth
+
+KINDS = ("stain", "scanner", "tissue", "labels")
+
+
+def slide_oracle(cohort: Cohort, kind: str) -> pd.DataFrame:
+    """The latents of every slide, one row a slide in the cohort's order: the ceiling of any slide-level score.
+
+    kind   "stain" or "scanner" (the centre), "tissue" (the patient: parameters of all classes) or "labels"
+    """
+    if kind not in KINDS:
+        raise InputError(f"no oracle is called {kind!r}.{nearest(kind, KINDS)}")
+    rows = []
+    for row in cohort:
+        latents = read_json(sidecar(row.path, ".latents.json"))
+        if kind == "labels":
+            rows.append(latents["label_latents"])
+        elif kind == "tissue":
+            rows.append({f"{c}.{name}": v for c, values in latents["tissue"].items() for name, v in values.items()})
+        else:
+            rows.append(latents[kind])
+    return pd.DataFrame(rows, index=cohort.table["slide_id"])
+
+
+def tile_oracle(cohort: Cohort, tiles: pd.DataFrame, tile_px: int) -> pd.DataFrame:
+    """What the true nuclei of every tile say, one row a tile in the order of `tiles`; no class is looked up.
+
+    tiles   slide_id, x, y (level-0 px) and mpp, as in the manifest of labelled tiles
+    Counts per mm2, sizes, elongation, spread and common direction of the nuclei, and how they cluster.
+    """
+    paths = dict(zip(cohort.table["slide_id"], cohort.table["path"], strict=True))
+    found = {}
+    for slide_id, there in tiles.groupby("slide_id"):
+        truth = Truth.open(paths[slide_id])
+        nuclei = truth.nuclei
+        for tile in there.itertuples():
+            side = tile_px * tile.mpp
+            dx, dy = nuclei["x_um"] - tile.x * truth.mpp, nuclei["y_um"] - tile.y * truth.mpp
+            found[tile.Index] = _described(nuclei[dx.between(0, side) & dy.between(0, side)], side)
+    return pd.DataFrame([found[index] for index in tiles.index], index=tiles.index)
+
+
+def _described(nuclei: pd.DataFrame, side_um: float) -> dict[str, float]:
+    area = side_um**2 / 1e6
+    if nuclei.empty:
+        return dict.fromkeys(("count", "size", "size_sd", "elongation", "direction", "clumping"), 0.0)
+    size, long = nuclei["diameter_um"], nuclei["major_um"] / nuclei["minor_um"]
+    direction = np.abs(np.exp(2j * nuclei["angle"].to_numpy()) @ (long - 1).to_numpy()) / max((long - 1).sum(), 1e-6)
+    quadrants = np.histogram2d(nuclei["x_um"], nuclei["y_um"], bins=4)[0]
+    return {
+        "count": len(nuclei) / area,
+        "size": size.mean(),
+        "size_sd": size.std(ddof=0),
+        "elongation": long.mean(),
+        "direction": float(direction),
+        "clumping": quadrants.var() / max(quadrants.mean(), 1e-6),
+    }
