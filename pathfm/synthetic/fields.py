@@ -77,9 +77,13 @@ def bank(um_per_px: float) -> np.ndarray:
     return smooth
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always")
 def look(fields, k, x, y):
-    """Field k at (x, y) um, bilinear, endless."""
+    """Field k at (x, y) um, bilinear, endless.
+
+    Part of the kernels of `nuclei` and `painters.materials`, whose numba caches do not see a change made here:
+    touch those files too. No fastmath anywhere: compiled afresh and read from the cache it rounds differently.
+    """
     fx = x * PER_UM[k]
     fy = y * PER_UM[k]
     ix = math.floor(fx)
@@ -95,7 +99,7 @@ def look(fields, k, x, y):
     return top + ty * (low - top)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def _sheet(fields, k, x0, y0, height, width, step, scale, out):
     for i in range(height):
         y = (y0 + (i + 0.5) * step) / scale
@@ -106,9 +110,7 @@ def _sheet(fields, k, x0, y0, height, width, step, scale, out):
 def sheet(k: int, shape: tuple[int, int], step_um: float, scale: float = 1.0, shift=(0.0, 0.0)) -> np.ndarray:
     """Field k magnified `scale` times on a grid of step_um, starting at `shift` (x, y) um: float32."""
     out = np.empty(shape, np.float32)
-    _sheet(
-        _finest(), k, float(shift[0]), float(shift[1]), shape[0], shape[1], float(step_um), float(scale), out
-    )
+    _sheet(_finest(), k, float(shift[0]), float(shift[1]), shape[0], shape[1], float(step_um), float(scale), out)
     return out
 
 
@@ -137,7 +139,7 @@ def gradient(field: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     return dx / size, dy / size
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def _two_nearest(px, py, sx, sy, weight, start, member, cell, columns, rows, near, border):
     for i in range(px.shape[0]):
         for j in range(px.shape[1]):
@@ -166,9 +168,7 @@ def _two_nearest(px, py, sx, sy, weight, start, member, cell, columns, rows, nea
 
 def bins(x: np.ndarray, y: np.ndarray, cell: float, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Points sorted into square cells: cell c holds member[start[c]:start[c + 1]], in the order given."""
-    at = np.clip((y / cell).astype(int), 0, rows - 1) * columns + np.clip(
-        (x / cell).astype(int), 0, columns - 1
-    )
+    at = np.clip((y / cell).astype(int), 0, rows - 1) * columns + np.clip((x / cell).astype(int), 0, columns - 1)
     member = np.argsort(at, kind="stable").astype(np.int32)
     start = np.searchsorted(at[member], np.arange(columns * rows + 1)).astype(np.int64)
     return start, member

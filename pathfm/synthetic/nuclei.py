@@ -90,7 +90,7 @@ class Crowd:
         return taken
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def _admit(ellipses, squeeze, wanted, head, following, shapes, count, cell, columns, rows):
     taken = np.empty(min(wanted, ellipses.shape[0]), np.int64)
     n = 0
@@ -145,12 +145,8 @@ class Layer:
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
         """The rows that may touch a window, (n, columns)."""
-        left, right = (
-            int(np.clip(v / self.BIN_UM, 0, self.columns - 1)) for v in (x0 - self.reach, x1 + self.reach)
-        )
-        top, low = (
-            int(np.clip(v / self.BIN_UM, 0, self.lines - 1)) for v in (y0 - self.reach, y1 + self.reach)
-        )
+        left, right = (int(np.clip(v / self.BIN_UM, 0, self.columns - 1)) for v in (x0 - self.reach, x1 + self.reach))
+        top, low = (int(np.clip(v / self.BIN_UM, 0, self.lines - 1)) for v in (y0 - self.reach, y1 + self.reach))
         parts = [
             self.rows[self.start[line * self.columns + left] : self.start[line * self.columns + right + 1]]
             for line in range(top, low + 1)
@@ -158,14 +154,14 @@ class Layer:
         return np.concatenate(parts) if parts else self.rows[:0]
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always")
 def _hash(salt, k):
     """A number in [0, 1) that depends on the object and on k only."""
     v = math.sin(salt * 12.9898 + k * 78.233) * 43758.547
     return v - math.floor(v)
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always")
 def _step(distance, width):
     """1 inside (negative distance), 0 outside, smooth over +-width."""
     t = 0.5 - 0.5 * distance / width
@@ -173,7 +169,7 @@ def _step(distance, width):
     return t * t * (3 - 2 * t)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def stamp_bodies(h, e, rows, x0, y0, um, noise):
     """Draw BODY rows into the window's haematoxylin h and eosin e, in order."""
     height, width = h.shape
@@ -222,7 +218,7 @@ def stamp_bodies(h, e, rows, x0, y0, um, noise):
                 elif texture > 0:
                     f += texture * look(noise, GRAIN, (dx + shift) * 0.6, (dy - shift) * 0.6)
                 f -= pallor * math.exp(-d * d * 5)
-                eh, ee = body_h * f, body_e * f
+                eh, ee = max(body_h * f, 0.0), max(body_e * f, 0.0)
                 h[i, j] += inside * (eh - h[i, j])
                 e[i, j] += inside * (ee - e[i, j])
                 if rim > 0:
@@ -233,7 +229,7 @@ def stamp_bodies(h, e, rows, x0, y0, um, noise):
                         e[i, j] += rim_e * line
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def stamp_nuclei(h, e, rows, x0, y0, um, noise):
     """Draw NUCLEUS rows into the window's haematoxylin h and eosin e, in order."""
     height, width = h.shape

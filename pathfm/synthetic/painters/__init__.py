@@ -72,9 +72,7 @@ def plan(class_map: np.ndarray, map_um: float, params, seed: int) -> Scene:
     smooth = np.clip(ground.maps[..., DEPTH], -60, 60)
     ground.maps[..., NX], ground.maps[..., NY] = fields.gradient(smooth, 2.5)
     codes, shares = _borders(ground.classes)
-    region_of = np.where(
-        ground.region_of, ground.region_of, cv2.dilate(ground.region_of, np.ones((9, 9), np.uint8))
-    )
+    region_of = np.where(ground.region_of, ground.region_of, cv2.dilate(ground.region_of, np.ones((9, 9), np.uint8)))
     nuclei, cells = _nuclei(ground)
     return Scene(
         class_map,
@@ -154,11 +152,7 @@ def _borders(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _distance_to_glands(ground: Ground) -> None:
     """Outside epithelium `depth` is minus the distance to it, in stroma too, so that fibres can wrap around."""
     depth = ground.maps[..., DEPTH]
-    away = (
-        fields.signed_distance(depth > 0, GRID_UM)
-        if (depth > 0).any()
-        else np.full(depth.shape, -60, np.float32)
-    )
+    away = fields.signed_distance(depth > 0, GRID_UM) if (depth > 0).any() else np.full(depth.shape, -60, np.float32)
     ground.maps[..., DEPTH] = np.where(depth > 0, depth, np.clip(away, -60, 0))
 
 

@@ -61,9 +61,7 @@ def immune_cells(ground: Ground, region: Region, where: np.ndarray, amount: floa
     amount = amount * region.params.inflammation
     swarm = where * np.clip(0.5 + 0.55 * region.noise(LOW, 0.35), 0.06, 1)
     ground.scatter(region, "lymphocyte", LYMPHOCYTE, 430 * amount, np.minimum(swarm, 1), None, squeeze=0.95)
-    plasma = ground.scatter(
-        region, "plasma cell", PLASMA, 230 * amount, np.minimum(swarm, 1), None, squeeze=1.2
-    )
+    plasma = ground.scatter(region, "plasma cell", PLASMA, 230 * amount, np.minimum(swarm, 1), None, squeeze=1.2)
     if len(plasma):
         side = region.rng.uniform(0, 2 * np.pi, len(plasma))
         at = plasma[:, :2] + 2.0 * np.stack([np.cos(side), np.sin(side)], 1)
@@ -87,9 +85,9 @@ def vessels(ground: Ground, region: Region, where: np.ndarray, per_mm2: float) -
     a = np.minimum(np.exp(rng.normal(2.1, 0.6, len(at))), 0.75 * np.maximum(clear, 0))
     keep = a > 3.0
     at, a = at[keep], a[keep]
-    ellipses = np.stack(
-        [at[:, 0], at[:, 1], a * 1.1, a * rng.uniform(0.45, 1, len(a)), np.zeros(len(a))], 1
-    ).astype(np.float32)
+    ellipses = np.stack([at[:, 0], at[:, 1], a * 1.1, a * rng.uniform(0.45, 1, len(a)), np.zeros(len(a))], 1).astype(
+        np.float32
+    )
     angle = sample(fibre_angle(ground, region), region, at) + 0.4 * rng.standard_normal(len(at))
     ellipses[:, 4] = angle
     wall = np.where(rng.random(len(a)) < 0.3, 0.45 * a, 1.5).clip(1.2, 9)
@@ -97,9 +95,7 @@ def vessels(ground: Ground, region: Region, where: np.ndarray, per_mm2: float) -
     fit = ground.crowd.admit(grown, 1.0, len(grown))
     ellipses, wall = ellipses[fit], wall[fit]
     xy, a, b, angle = ellipses[:, :2], ellipses[:, 2], ellipses[:, 3], ellipses[:, 4]
-    ground.body(
-        0, region, xy, a + wall, b + wall, angle, 0.08, 0.62, soft=1.2, rough=0.05, texture=0.12, cover=0.9
-    )
+    ground.body(0, region, xy, a + wall, b + wall, angle, 0.08, 0.62, soft=1.2, rough=0.05, texture=0.12, cover=0.9)
     ground.body(0, region, xy, a, b, angle, 0.01, 0.03, soft=0.8, rim_e=0.15, rim_h=0.03, rim=0.8, rough=0.05)
     full = rng.random(len(a)) < 0.65
     for one in ellipses[full]:
@@ -214,9 +210,7 @@ def plan_lymphocytes(ground: Ground) -> None:
         vessels(ground, region, centre < -15, 45)
         inner = np.clip(0.5 + centre / 10, 0, 1)
         ground.scatter(region, "centroblast", CENTROBLAST, 7200, inner, None, squeeze=0.9, tries=3)
-        foam = ground.scatter(
-            region, "macrophage", MACROPHAGE, 260, np.maximum(inner, 0.25), None, squeeze=0.8
-        )
+        foam = ground.scatter(region, "macrophage", MACROPHAGE, 260, np.maximum(inner, 0.25), None, squeeze=0.8)
         ground.body(
             0,
             region,

@@ -154,13 +154,14 @@ def _stretched(look: Look, by: float) -> Look:
 
 
 def plan_normal(ground: Ground) -> None:
+    edge = fields.signed_distance(ground.classes > 0, GRID_UM)
     for region in ground.regions(2):
-        depth, hollow = _crypts(region)
+        depth, hollow = _surface(region, edge[region.window], *_crypts(region))
         _write(ground, region, depth, hollow)
         radial = _outward(depth, hollow)
         _crypt_cells(ground, region, depth, hollow, radial)
         lamina = np.clip((-1.0 - depth) / 2, 0, 1)
-        spindle_cells(ground, region, lamina, 1700)
+        spindle_cells(ground, region, lamina, 1200)
         immune_cells(ground, region, lamina * np.clip(0.9 + 0.4 * region.noise(LOW, 0.5), 0.3, 1), 12.0)
 
 
@@ -194,12 +195,7 @@ def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
     whole = sample(region.inside, region, back) > 0.4 * radius
     x0, y0 = region.origin
     h, w = region.shape
-    whole &= (
-        (back[:, 0] > x0)
-        & (back[:, 1] > y0)
-        & (back[:, 0] < x0 + w * GRID_UM)
-        & (back[:, 1] < y0 + h * GRID_UM)
-    )
+    whole &= (back[:, 0] > x0) & (back[:, 1] > y0) & (back[:, 0] < x0 + w * GRID_UM) & (back[:, 1] < y0 + h * GRID_UM)
     shape = np.where(whole[near], shape, -60.0)
     shape = np.minimum(shape, region.inside - 2.0)
     depth = fields.blur(fields.signed_distance(shape > 0, GRID_UM), 0.7)
@@ -207,6 +203,14 @@ def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:
     wall = (size - bore)[near].astype(np.float32)
     hollow = fields.blur(np.where(whole[near], depth - wall, -60).astype(np.float32), 0.8)
     return depth, (hollow + 1.2 * region.noise(MID, 0.8)).astype(np.float32)
+
+
+def _surface(region: Region, edge: np.ndarray, depth: np.ndarray, hollow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columnar epithelium along most of the free surface; `edge` is the distance to glass, um."""
+    worn = 60 * np.clip(-region.noise(LOW, 0.7) - 0.7, 0, 1)
+    band = np.where(region.mask, 23.0 - edge - worn, -60).astype(np.float32)
+    skin = np.where(band > 0, 1.0 - edge, -60).astype(np.float32)
+    return np.maximum(depth, band), np.maximum(hollow, skin)
 
 
 def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
@@ -217,9 +221,7 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
     at = ground.spots(region, middle * fertile, 6500 * min(p.goblet, 2.0), 3.0)
     heading = sample(radial, region, at) + 0.15 * rng.standard_normal(len(at))
     size = rng.uniform(5.4, 9.4, len(at))
-    ellipses = np.stack(
-        [at[:, 0], at[:, 1], size * 1.15, size * rng.uniform(0.72, 0.92, len(at)), heading], 1
-    )
+    ellipses = np.stack([at[:, 0], at[:, 1], size * 1.15, size * rng.uniform(0.72, 0.92, len(at)), heading], 1)
     ellipses = ellipses.astype(np.float32)
     ellipses = ellipses[ground.crowd.admit(ellipses, 0.82, len(at) // 2)]
     n = len(ellipses)
@@ -255,9 +257,7 @@ def plan_necrosis(ground: Ground) -> None:
         radial = _outward(depth, hollow)
         old = (depth > 2) & (hollow < -4)
         low, other = region.noise(LOW, 0.9), region.noise(LOW, 0.45)
-        ground.scatter(
-            region, "ghost", GHOST, 4200 * p.ghosts, old * np.clip(0.7 + 0.4 * low, 0, 1), radial, 0.3, 0.8
-        )
+        ground.scatter(region, "ghost", GHOST, 4200 * p.ghosts, old * np.clip(0.7 + 0.4 * low, 0, 1), radial, 0.3, 0.8)
         swarm = np.clip(0.12 + 0.75 * other, 0.02, 1)
         ground.scatter(region, "pyknotic", PYKNOTIC, 3000 * p.dust, swarm, None, squeeze=0.8)
         ground.scatter(region, "dust", DUST, 7000 * p.dust, swarm**1.5, None, squeeze=0.5)

@@ -100,9 +100,7 @@ class Ground:
             mask = labels[window] == number
             rng = np.random.default_rng([self.seed, cls, number])
             params = _departure(self.params[cls], rng)
-            region = Region(
-                cls, len(self.table), window, mask, fields.signed_distance(mask, GRID_UM), params, rng
-            )
+            region = Region(cls, len(self.table), window, mask, fields.signed_distance(mask, GRID_UM), params, rng)
             self.table.append(_row(params, rng.uniform(0, 1) ** 2))
             self.region_of[window][mask] = region.number
             yield region
@@ -134,9 +132,7 @@ class Ground:
             heading = sample(angle, region, points) + turn * rng.standard_normal(n)
         rows = np.empty((n, 13), np.float32)
         rows[:, :5] = np.stack([points[:, 0], points[:, 1], size, size * ratio, heading], 1)
-        rows[:, 5] = (
-            look.dark * np.exp(look.dark_spread * rng.standard_normal(n)) * region.params.haematoxylin
-        )
+        rows[:, 5] = look.dark * np.exp(look.dark_spread * rng.standard_normal(n)) * region.params.haematoxylin
         rows[:, 6] = np.clip(look.vesicle + 0.12 * rng.standard_normal(n) * (look.vesicle > 0), 0, 1)
         rows[:, 7] = look.grain * region.params.chromatin
         rows[:, 8] = look.nucleoli * region.params.nucleoli
@@ -153,9 +149,7 @@ class Ground:
         weight = np.where(region.mask, np.clip(where, 0, 1), 0).ravel()
         total = np.cumsum(weight, dtype=np.float64)
         n = region.rng.poisson(total[-1] * GRID_UM**2 / 1e6 * per_mm2 * times) if total[-1] > 0 else 0
-        at = np.minimum(
-            np.searchsorted(total, region.rng.random(n) * total[-1], side="right"), weight.size - 1
-        )
+        at = np.minimum(np.searchsorted(total, region.rng.random(n) * total[-1], side="right"), weight.size - 1)
         row, column = np.divmod(at, region.shape[1])
         x0, y0 = region.origin
         jitter = region.rng.random((n, 2))

@@ -24,7 +24,7 @@ FIBRE_UM, LOOSE, EOSIN, HAEM, BASO, MUCIN, WALL_UM, GHOSTS, CLEFT = range(9)
 _GRID = float(GRID_UM)
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always")
 def _ramp(value, width):
     """0 well below 0, 1 well above, smooth over +-width."""
     t = 0.5 + 0.5 * value / width
@@ -32,7 +32,7 @@ def _ramp(value, width):
     return t * t * (3 - 2 * t)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl):
     """Wavy bundles with clefts; within 12 um of epithelium they wrap around it."""
     s = size * p[FIBRE_UM]
@@ -57,7 +57,7 @@ def _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl):
     return h * (1 - 0.9 * gap), max(e, 0.16) * (1 - 0.95 * gap)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _muscle(noise, p, x, y, along, across, depth, crosscut, um):
     """Long parallel fibres in fascicles; perimysium is pale and loose."""
     s = 1.9 * p[FIBRE_UM]
@@ -89,7 +89,7 @@ def _muscle(noise, p, x, y, along, across, depth, crosscut, um):
     return h * (1 - 0.9 * split), e * (1 - 0.92 * split)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _lymphoid(noise, p, x, y, along, across, depth, um):
     """Scant cytoplasm, reticular threads, sinuses; paler and pinker in germinal centres."""
     g = look(noise, GRAIN, x, y)
@@ -105,7 +105,7 @@ def _lymphoid(noise, p, x, y, along, across, depth, um):
     return max(h, 0.0) * (1 - 0.85 * open_), max(e, 0.05) * (1 - 0.85 * open_)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _mucus(noise, p, x, y, along, across, um):
     """Pale basophilic pools: broad veils, fine crossing strands, voids."""
     m = look(noise, MID, x, y)
@@ -125,7 +125,7 @@ def _mucus(noise, p, x, y, along, across, um):
     return h * (1 - 0.85 * void), e * (1 - 0.85 * void)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _dead(noise, p, x, y, depth, hollow, nx, ny, um):
     """Granular eosinophilic debris in which the dead glands are still felt."""
     g = look(noise, GRAIN, x, y)
@@ -145,7 +145,7 @@ def _dead(noise, p, x, y, depth, hollow, nx, ny, um):
     return max(h, 0.0) * (1 - 0.8 * pit), max(e, 0.05) * (1 - 0.85 * pit)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     """Epithelial cytoplasm with the radial striation of columnar cells; lumen where hollow is positive."""
     g = look(noise, GRAIN, x, y)
@@ -177,7 +177,7 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     return max(h, 0.0), max(e, 0.0)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _fat(x, y, fat_cells, fat_seeds, block_um):
     """Distance in um from the wall between adipocytes (rounded power cells), and a number for the cell."""
     bi = min(max(int(y / block_um), 0), fat_cells.shape[0] - 1)
@@ -208,7 +208,7 @@ def _fat(x, y, fat_cells, fat_seeds, block_um):
     return -math.log(total) / 0.42, first
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _adipose(noise, p, x, y, depth, um, fat_cells, fat_seeds, block_um, shift):
     m = look(noise, MID, x, y)
     if depth > -4.0:
@@ -242,7 +242,7 @@ def _adipose(noise, p, x, y, depth, um, fat_cells, fat_seeds, block_um, shift):
     return h, e
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um, shift):
     """Haematoxylin and eosin of one point of one class; q holds the six interpolated maps."""
     along, across, depth, hollow, nx, ny = q
@@ -282,7 +282,7 @@ def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um, shift):
     return h * p[HAEM], e * p[EOSIN]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def paint(h, e, x0, y0, um, codes, shares, maps, region_of, table, fat_cells, fat_seeds, block_um, noise, shift):
     """Fill the window's haematoxylin h and eosin e, whose corner is (x0, y0) um, with everything but nuclei.
 
@@ -333,11 +333,11 @@ def paint(h, e, x0, y0, um, codes, shares, maps, region_of, table, fat_cells, fa
                     bh, be = _pixel(other, noise, p, x + shift, y + shift, q, um, fat_cells, fat_seeds, block_um, shift)
                 oh = share * oh + (1 - share) * bh
                 oe = share * oe + (1 - share) * be
-            h[i, j] = oh
-            e[i, j] = oe
+            h[i, j] = max(oh, 0.0)
+            e[i, j] = max(oe, 0.0)
 
 
-@njit(fastmath=True, nogil=True)
+@njit(nogil=True)
 def _border(shares, noise, x, y, ix, iy, um):
     """The two likeliest classes near a border and the cover of the first; the border is ragged at cell size."""
     bend_x = 0.5 * (2.6 * look(noise, MID, x, y) + 0.5 * look(noise, GRAIN, x * 0.5, y * 0.5))

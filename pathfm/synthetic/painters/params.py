@@ -27,9 +27,7 @@ class TissueParams:
     nuclear_size: float = _p(1.0, 0.07, "diameter of every nucleus", "cell", low=0.6, high=1.8)
     nuclear_density: float = _p(1.0, 0.12, "nuclei per area, all classes", "cell", low=0.3, high=2.0)
     elongation: float = _p(1.0, 0.08, "length over width of epithelial nuclei", "cell", low=0.6, high=1.8)
-    pleomorphism: float = _p(
-        1.0, 0.25, "spread of tumour nuclear size and darkness", "cell", low=0.0, high=3.0
-    )
+    pleomorphism: float = _p(1.0, 0.25, "spread of tumour nuclear size and darkness", "cell", low=0.0, high=3.0)
     mitoses: float = _p(12.0, 0.6, "mitotic figures per mm2 of tumour", "cell", low=0.0, high=200.0)
     small_cell: float = _p(0.0, 0.0, "tumour of small dark moulded nuclei", "cell", False, 0.0, 1.0)
     # below 2 um
@@ -40,9 +38,7 @@ class TissueParams:
     gland_um: float = _p(130.0, 0.18, "spacing of tumour glands or nests", "coarse", low=50.0, high=400.0)
     gland_form: float = _p(0.7, 0.2, "0 solid sheets, 1 open glands", "coarse", False, 0.0, 1.0)
     cribriform: float = _p(0.3, 0.2, "share of glands with several lumina", "coarse", False, 0.0, 1.0)
-    septa_um: float = _p(
-        7.0, 0.25, "half the width of the stroma between tumour glands", "coarse", low=1.0, high=40.0
-    )
+    septa_um: float = _p(7.0, 0.25, "half the width of the stroma between tumour glands", "coarse", low=1.0, high=40.0)
     crypt_um: float = _p(78.0, 0.08, "diameter of normal crypts", "coarse", low=40.0, high=140.0)
     crypt_cut: float = _p(0.5, 0.3, "0 crypts cut across, 1 cut along", "coarse", False, 0.0, 1.0)
     goblet: float = _p(1.0, 0.25, "goblet cells in normal crypts", "cell", low=0.0, high=2.0)
@@ -57,9 +53,7 @@ class TissueParams:
     vessels: float = _p(1.0, 0.3, "vessels per area of stroma", "coarse", low=0.0, high=4.0)
     fat_cell_um: float = _p(78.0, 0.12, "diameter of adipocytes", "coarse", low=30.0, high=160.0)
     fat_wall_um: float = _p(1.3, 0.15, "thickness of adipocyte walls", "fine", low=0.6, high=4.0)
-    follicles: float = _p(
-        1.0, 0.4, "germinal centres per area of lymphoid tissue", "coarse", low=0.0, high=4.0
-    )
+    follicles: float = _p(1.0, 0.4, "germinal centres per area of lymphoid tissue", "coarse", low=0.0, high=4.0)
     mucin: float = _p(1.0, 0.25, "density of mucus", "colour", low=0.2, high=2.5)
     ghosts: float = _p(1.0, 0.3, "dead architecture still visible in necrosis", "coarse", low=0.0, high=2.0)
     dust: float = _p(1.0, 0.4, "pyknotic nuclei and nuclear dust in necrosis", "cell", low=0.0, high=3.0)
