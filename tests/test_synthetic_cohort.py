@@ -244,6 +244,12 @@ def test_slides_of_another_generator_are_never_mixed_in(tmp_path, monkeypatch):
         tiny_cohort(tmp_path, n=2, side_um=200)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match="choose a folder"):
+        tiny_cohort(tmp_path / "file", n=1)
+
+
 def test_what_a_killed_process_left_is_swept_up(tmp_path):
     (tmp_path / ".tiny-000.12345678.partial.svs").write_bytes(b"half")
     tiny_cohort(tmp_path, n=1, side_um=200)

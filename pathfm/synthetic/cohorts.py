@@ -136,7 +136,10 @@ def make_cohort(
 
 
 def embedded():
-    """The cohort that every notebook and test can rely on: 24 slides, 16 patients, 4 centres."""
+    """The cohort that every notebook and test can rely on: 24 slides, 16 patients, 4 centres.
+
+    In centres 0 and 1 two patients each pretrain and two train probes; centre 2 validates, centre 3 is the test.
+    """
     return make_cohort("embedded")
 
 
@@ -172,7 +175,10 @@ def make_slides(todo: list[SlideSpec], folder: Path, name: str, workers: int | N
 
     from pathfm.cohort import Cohort
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder} ({error.strerror}); choose a folder that can be written") from None
     with FileLock(folder / ".lock"):
         _refuse_strangers(folder)
         for leftover in folder.glob(".*.partial*"):  # of a process that was killed
@@ -182,7 +188,7 @@ def make_slides(todo: list[SlideSpec], folder: Path, name: str, workers: int | N
             pass
         with atomic_path(folder / "cohort.csv") as partial:
             table(todo).to_csv(partial, index=False)
-    return Cohort.read(folder / "cohort.csv")
+    return Cohort(Cohort.read(folder / "cohort.csv").table, name)
 
 
 def table(todo: list[SlideSpec]) -> pd.DataFrame:
