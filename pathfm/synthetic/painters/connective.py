@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from pathfm.synthetic import fields
@@ -14,7 +15,7 @@ PLUMP = Look(10.5, 0.36, 0.22, 0.85, 0.25, vesicle=0.5, grain=0.2, nucleoli=0.6,
 CIGAR = Look(14.5, 0.165, 0.24, 1.1, 0.25, vesicle=0.2, grain=0.22, nucleoli=0.2, rough=0.08, halo=0.22)
 CUT_CIGAR = Look(4.3, 0.8, 0.25, 1.1, 0.2, vesicle=0.25, grain=0.22, rough=0.06, halo=0.25)
 ENDOTHELIUM = Look(9.5, 0.24, 0.15, 1.15, 0.15, grain=0.2, rough=0.06, halo=0.0)
-LYMPHOCYTE = Look(6.9, 0.90, 0.10, 1.30, 0.16, vesicle=0.15, grain=0.26, rough=0.06, halo=0.35)
+LYMPHOCYTE = Look(7.0, 0.87, 0.12, 1.30, 0.18, vesicle=0.15, grain=0.27, rough=0.13, halo=0.35)
 PLASMA = Look(7.2, 0.86, 0.08, 1.2, 0.12, vesicle=0.35, grain=0.35, rough=0.05, halo=0.0)
 CENTROBLAST = Look(10.0, 0.82, 0.12, 0.72, 0.2, vesicle=0.6, grain=0.28, nucleoli=1.5, rough=0.10, halo=0.0)
 MACROPHAGE = Look(8.5, 0.70, 0.12, 0.75, 0.2, vesicle=0.45, grain=0.25, nucleoli=0.5, rough=0.10, halo=0.0)
@@ -97,6 +98,9 @@ def vessels(ground: Ground, region: Region, where: np.ndarray, per_mm2: float) -
     xy, a, b, angle = ellipses[:, :2], ellipses[:, 2], ellipses[:, 3], ellipses[:, 4]
     ground.body(0, region, xy, a + wall, b + wall, angle, 0.08, 0.62, soft=1.2, rough=0.05, texture=0.12, cover=0.9)
     ground.body(0, region, xy, a, b, angle, 0.01, 0.03, soft=0.8, rim_e=0.15, rim_h=0.03, rim=0.8, rough=0.05)
+    for x, y, major, minor, turn in np.column_stack([xy, a + wall, b + wall, np.degrees(angle)]) / GRID_UM:
+        axes = (int(major + 1.5), int(minor + 1.5))
+        cv2.ellipse(ground.taken, (int(x), int(y)), axes, turn * GRID_UM, 0, 360, 1, -1)
     full = rng.random(len(a)) < 0.65
     for one in ellipses[full]:
         _red_cells(ground, region, one)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from pathfm.synthetic import fields
@@ -16,7 +18,7 @@ VESICULAR = Look(11.5, 0.76, 0.18, 0.80, 0.22, vesicle=0.58, grain=0.26, nucleol
 SMALL = Look(8.8, 0.80, 0.10, 1.10, 0.14, vesicle=0.0, grain=0.22, nucleoli=0.0, rough=0.14, halo=0.05)
 BIZARRE = Look(18.0, 0.70, 0.15, 1.05, 0.2, vesicle=0.35, grain=0.35, nucleoli=2.0, rough=0.22, halo=0.05)
 CRYPT = Look(8.6, 0.62, 0.10, 1.0, 0.15, vesicle=0.35, grain=0.22, nucleoli=0.5, rough=0.06, halo=0.05)
-GHOST = Look(9.0, 0.72, 0.2, 0.30, 0.3, vesicle=0.6, grain=0.5, rough=0.12, halo=0.0, blur_um=1.5)
+GHOST = Look(9.0, 0.72, 0.2, 0.42, 0.35, vesicle=0.7, grain=0.5, rough=0.12, halo=0.0, blur_um=1.5)
 PYKNOTIC = Look(4.4, 0.80, 0.28, 1.6, 0.2, grain=0.05, rough=0.15, halo=0.35)
 DUST = Look(1.7, 0.80, 0.35, 1.4, 0.25, grain=0.0, rough=0.1, halo=0.0)
 MITOSIS = Look(10.5, 0.32, 0.12, 1.75, 0.1, grain=0.12, rough=0.4, halo=0.55)
@@ -252,7 +254,7 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
 def plan_necrosis(ground: Ground) -> None:
     for region in ground.regions(8):
         p = region.params
-        depth, hollow, _ = glands(region, 0.75)
+        depth, hollow, _ = glands(replace(region, params=replace(p, septa_um=11.0, gland_um=0.85 * p.gland_um)), 0.85)
         _write(ground, region, depth, hollow)
         radial = _outward(depth, hollow)
         old = (depth > 2) & (hollow < -4)

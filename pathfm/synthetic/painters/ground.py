@@ -70,12 +70,14 @@ class Ground:
     region_of: np.ndarray = field(init=False)
     table: list = field(init=False)
     crowd: Crowd = field(init=False)
+    taken: np.ndarray = field(init=False)  # by vessels: no cell starts there
     nuclei: list = field(default_factory=list)
     bodies: dict = field(default_factory=lambda: {0: [], 1: [], 2: []})
 
     def __post_init__(self):
         self.maps = np.zeros((*self.classes.shape, 6), np.float32)
         self.maps[..., DEPTH] = self.maps[..., HOLLOW] = -60
+        self.taken = np.zeros(self.classes.shape, np.uint8)
         self.region_of = np.zeros(self.classes.shape, np.uint16)
         self.table = [_row(TissueParams(), 0.0)]
         self.shift = float(np.random.default_rng([self.seed, 5]).uniform(0, 8000))
@@ -146,7 +148,8 @@ class Ground:
 
     def spots(self, region: Region, where: np.ndarray, per_mm2: float, times: float = 1.0) -> np.ndarray:
         """Random points (n, 2) with density `per_mm2 * times * where`, none outside the region."""
-        weight = np.where(region.mask, np.clip(where, 0, 1), 0).ravel()
+        free = region.mask & (self.taken[region.window] == 0)
+        weight = np.where(free, np.clip(where, 0, 1), 0).ravel()
         total = np.cumsum(weight, dtype=np.float64)
         n = region.rng.poisson(total[-1] * GRID_UM**2 / 1e6 * per_mm2 * times) if total[-1] > 0 else 0
         at = np.minimum(np.searchsorted(total, region.rng.random(n) * total[-1], side="right"), weight.size - 1)

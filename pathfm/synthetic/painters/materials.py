@@ -137,11 +137,17 @@ def _dead(noise, p, x, y, depth, hollow, nx, ny, um):
     ghost = p[GHOSTS] * min(1.0, 0.75 + 0.3 * low)
     wall = _ramp(depth + 1.5 * m, 2.0) * (1 - _ramp(hollow + 2.0 * m, 3.0))
     stripe = look(noise, GRAIN, (x - nx * depth) * 0.5, (y - ny * depth) * 0.5)
-    e += ghost * (wall * (0.20 + 0.07 * stripe) - 0.12)
-    h += ghost * wall * (0.05 + 0.02 * stripe)
+    q = (look(noise, MID, x * 1.5 + 61.0, y * 1.5) + 0.15 * g2) / 0.25
+    between = 1 / (1 + q * q)
+    e += ghost * (wall * (0.30 + 0.08 * stripe - 0.18 * between) - 0.17)
+    h += ghost * (wall * (0.09 + 0.02 * stripe) - 0.03)
     q = (depth + 1.5 * m) / 1.2
     e += ghost * 0.10 / (1 + q * q)
-    pit = _ramp(-(m + 0.25 * g2 + 1.75 + 0.4 * low) + ghost * 0.8 * _ramp(hollow, 4.0) * (1 - wall), 0.45)
+    pit = _ramp(
+        -(m + 0.25 * g2 + 1.75 + 0.4 * low)
+        + ghost * (0.9 * _ramp(hollow, 4.0) + 0.25 * _ramp(-depth, 4.0)) * (1 - wall),
+        0.45,
+    )
     return max(h, 0.0) * (1 - 0.8 * pit), max(e, 0.05) * (1 - 0.85 * pit)
 
 
