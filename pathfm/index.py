@@ -21,7 +21,7 @@ from pathfm.sampling import footprint
 from pathfm.slide import Slide
 from pathfm.storage import atomic, atomic_path, cache_dir, progress, read_json, write_json
 
-VERSION = 1  # of what is stored and how masks are made; an index of another version is made anew
+VERSION = 2  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide
@@ -37,7 +37,7 @@ class SlideIndex:
     folder   where it is stored
     slides   DataFrame, one row a slide of the cohort with its columns and: status ("ok", "quarantined"),
              reason, width_px, height_px, mpp, levels ("1 4 16"), cell_px (level-0 px per mask pixel),
-             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, positions@0.25 ... (256 px tiles, 40 % tissue)
+             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, blur_mm2, positions@0.25 ... (256 px tiles, 40 % tissue)
     usable   the rows that are ok
 
     Picklable: a worker process maps the masks and opens the slides itself.
@@ -230,9 +230,7 @@ def _scan(path: str, mpp: float | None) -> dict:
         _touch_corners(slide)
         cell = max(1, round(tissue.UM_PER_PX / slide.mpp))
         um_per_px = cell * slide.mpp
-        rgb = slide.thumbnail(um_per_px)
-        artefacts = tissue.artefacts(rgb, um_per_px)
-        mask = tissue.foreground(rgb, um_per_px)
+        mask, artefacts = _tissue(slide, cell)
         if not mask.any():
             raise InputError(f"{path} shows no tissue; look at its thumbnail and leave it out")
         found = {
@@ -247,6 +245,42 @@ def _scan(path: str, mpp: float | None) -> dict:
         for asked in STANDARD_MPP:
             found[f"positions@{asked}"] = _standard_count(mask, cell, slide, asked)
         return found | {"mask": positions.pack(mask)}
+
+
+def _tissue(slide: Slide, cell: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A slide's mask, without its artefacts, and those by kind; all (h, w) bool with `cell` level-0 px a pixel."""
+    um_per_px = cell * slide.mpp
+    rgb = slide.thumbnail(um_per_px)
+    artefacts = tissue.artefacts(rgb, um_per_px)
+    mask = tissue.foreground(rgb, um_per_px, spoilt=artefacts["pen"] | artefacts["bubble"])
+    artefacts["blur"] = np.zeros_like(mask)
+    if um_per_px / tissue.DETAIL >= slide.mpp:
+        artefacts["blur"] = tissue.blurred(_detail(slide, cell, mask, tissue.glass_level(rgb)), mask, um_per_px)
+    return mask & ~np.logical_or.reduce(list(artefacts.values())), artefacts
+
+
+def _detail(slide: Slide, cell: int, mask: np.ndarray, glass: np.ndarray) -> np.ndarray:
+    """`tissue.detail` of the whole slide, read in strips where there is tissue."""
+    height, width = mask.shape
+    found = np.zeros((2, height, width), np.float32)
+    finer = cell * slide.mpp / tissue.DETAIL
+    margin = 4  # mask pixels, so that strips agree where they meet
+    for top in range(0, height, 256):
+        bottom = min(top + 256, height)
+        columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+        if not len(columns):
+            continue
+        left, right = columns[0], columns[-1] + 1
+        rgb = slide.region(
+            (left - margin) * cell,
+            (top - margin) * cell,
+            (right - left + 2 * margin) * tissue.DETAIL,
+            (bottom - top + 2 * margin) * tissue.DETAIL,
+            finer,
+        )
+        inner = tissue.detail(rgb, glass)[:, margin:-margin, margin:-margin]
+        found[:, top:bottom, left:right] = inner
+    return found
 
 
 def _touch_corners(slide: Slide) -> None:

@@ -122,7 +122,20 @@ class Slide:
         Outside the slide is white. Off the plan's grid a level that would pass through is shifted by
         interpolation at its own mpp.
         """
-        return self._pixels(x, y, side_px, side_px, self.plan(mpp, max_upsample, resample))
+        return self.region(x, y, side_px, side_px, mpp, max_upsample, resample)
+
+    def region(
+        self,
+        x: float,
+        y: float,
+        width_px: int,
+        height_px: int,
+        mpp: float,
+        max_upsample: float = MAX_UPSAMPLE,
+        resample: str = "auto",
+    ) -> np.ndarray:
+        """`read` for a rectangle: (height_px, width_px, 3) uint8."""
+        return self._pixels(x, y, width_px, height_px, self.plan(mpp, max_upsample, resample))
 
     def thumbnail(self, um_per_px: float = 8.0) -> np.ndarray:
         """The whole slide at exactly `um_per_px`: (ceil(height), ceil(width), 3) uint8, white beyond its edge."""
