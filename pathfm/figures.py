@@ -79,7 +79,18 @@ def show(fig: Figure, name: str, dpi: int | None = None) -> None:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     plt.close(fig)
-    display(Image(data=buffer.getvalue()))
+    display(Image(data=compact(buffer.getvalue())))
+
+
+def compact(png: bytes) -> bytes:
+    """A picture in 256 colours: for histology a third of the size, and at a notebook's size no loss to be seen."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(png)) as picture:
+        small = picture.convert("RGB").quantize(256)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def scale_bar(ax: Axes, um_per_px: float, length_um: float | None = None, colour: str = "black") -> None:

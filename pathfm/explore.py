@@ -1,0 +1,353 @@
+"""The tile explorer: where tiles can come from on one slide, which are drawn, and what they look like.
+
+`Explorer.look` computes what a choice of settings leads to and `Explorer.figure` draws it; neither knows of
+widgets. `Explorer.show` adds controls in a live notebook and is a still picture anywhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from pathfm.errors import InputError
+from pathfm.figures import MPP_COLOURS, compact, round_length, scale_bar
+from pathfm.index import SlideIndex
+from pathfm.positions import count, integral, least_area, span
+from pathfm.sampling import footprint
+from pathfm.stream import Tile, TileName, TileStream
+
+SHOWN = 12  # tiles shown large; all are drawn on the slide
+OVERVIEW_PX = 640  # longest side of the slide's picture
+GAP_PX = 18  # between tiles
+VEIL = 0.72  # how white it gets where no tile can be centred
+TISSUE_LINE = "#333333"
+LIVE = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")  # set where a person sits before the kernel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person chooses."""
+
+    slide_id: str
+    mpp: tuple[float, ...] = (0.5,)  # microns per pixel; several are drawn with equal weights
+    min_tissue: float = 0.4  # least share of a tile that is foreground
+    tiles: int = 24  # drawn
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What follows from the settings.
+
+    positions   mpp -> number of admissible positions; 0 where the slide cannot serve it
+    mask        (h, w) bool tissue of the slide, `um_per_px` apart
+    centres     (h, w) bool, where the centre of a tile of any of the mpp may lie
+    names       one row a tile: slide_id, x, y, mpp, tissue, resampled, i
+    stream      which they were drawn from, None where no position is admissible
+    """
+
+    settings: Settings
+    positions: pd.Series
+    mask: np.ndarray
+    centres: np.ndarray
+    um_per_px: float
+    names: pd.DataFrame
+    stream: TileStream | None
+
+    def __str__(self) -> str:
+        """One line, the same on every machine."""
+        s = self.settings
+        counted = ", ".join(f"{n:,} positions at {mpp:g} mpp" for mpp, n in self.positions.items())
+        drawn = "no tile" if self.names.empty else f"{len(self.names)} tiles of seed {s.seed}"
+        return f"{s.slide_id}, foreground at least {s.min_tissue:.0%}: {counted}; {drawn}"
+
+
+class Explorer:
+    """Looks at the slides of an index, one choice of settings after another.
+
+    mpps   offered in the controls
+    """
+
+    def __init__(self, index: SlideIndex, tile_px: int = 256, mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)):
+        self.index, self.tile_px, self.mpps = index, tile_px, tuple(mpps)
+        self.slide_ids = list(index.usable["slide_id"])
+        if not self.slide_ids:
+            raise InputError("the index has no usable slide to explore; see index.slides for the reasons")
+        self._overview = lru_cache(8)(self._read_overview)
+        self._tile = lru_cache(256)(self._read_tile)
+
+    def look(self, settings: Settings | None = None, **changes) -> Look:
+        """What `settings` (the first slide's where None), with `changes`, lead to. No slide pixel is read."""
+        settings = replace(settings or Settings(self.slide_ids[0]), **changes)
+        row = self.index.subset([settings.slide_id]).usable
+        mask, um_per_px = self.index.mask(settings.slide_id)
+        if row.empty:
+            raise InputError(f"slide '{settings.slide_id}' is quarantined; see index.slides for the reason")
+        row, counts, centres = row.iloc[0], {}, np.zeros_like(mask)
+        for mpp in settings.mpp:
+            found = footprint(row.mpp, [float(d) for d in row.levels.split()], self.tile_px, mpp)
+            counts[mpp] = 0
+            if found is not None:
+                grid, side = found
+                size = int(row.width_px), int(row.height_px)
+                counts[mpp] = count(mask, int(row.cell_px), size, side, grid, settings.min_tissue)
+                centres |= centre_map(mask, side / row.cell_px, settings.min_tissue)
+        stream = self._stream(settings, [mpp for mpp, n in counts.items() if n])
+        names = stream.names(range(settings.tiles)) if stream else pd.DataFrame(columns=TileName._fields)
+        return Look(settings, pd.Series(counts), mask, centres, um_per_px, names, stream)
+
+    def tiles(self, look: Look, n: int = SHOWN) -> list[Tile]:
+        """The first n of the tiles, read."""
+        return [self._tile(*name) for name in look.names.head(n).itertuples(index=False, name=None)]
+
+    def figure(self, look: Look) -> Figure:
+        """The slide with its tissue outlined, positions veiled where none is, tiles to scale; and the tiles."""
+        fig = Figure(figsize=(11, 4.9), layout="none")
+        self.draw_slide(fig.add_axes((0.005, 0.01, 0.43, 0.88)), look)
+        self._draw_tiles(fig.add_axes((0.44, 0.01, 0.56, 0.88)), look)
+        fig.text(0.005, 0.945, _headline(look), fontsize=9, va="center")
+        handles = [
+            Line2D([], [], marker="s", ls="", mfc="none", mew=2, color=mpp_colour(m)) for m in look.positions.index
+        ]
+        labels = [f"{_short(n)} at {mpp:g} mpp" for mpp, n in look.positions.items()]
+        fig.legend(handles, labels, loc="center left", bbox_to_anchor=(0.44, 0.945), ncols=4, borderpad=0,
+                   handletextpad=0.3, columnspacing=1.2, fontsize=7.5)  # fmt: skip
+        return fig
+
+    def png(self, look: Look, dpi: int = 100) -> bytes:
+        """`figure` as a PNG file."""
+        fig, buffer = self.figure(look), io.BytesIO()
+        fig.set_dpi(dpi)
+        FigureCanvasAgg(fig).print_png(buffer, metadata={"Software": None})
+        return buffer.getvalue()
+
+    def show(self, settings: Settings | None = None, **changes) -> None:
+        """Displays the explorer: with controls before a person, else as one picture."""
+        from IPython.display import display
+
+        look = self.look(settings, **changes)
+        png = self.png(look)
+        bundle = {"text/plain": f"Explorer: {look}", "image/png": base64.b64encode(compact(png)).decode()}
+        if any(name in os.environ for name in LIVE):
+            bundle |= _view(self.widget(look, png))
+        display(bundle, raw=True)
+
+    def widget(self, look: Look | None = None, png: bytes | None = None):
+        """Controls above the picture; every change of one redraws it. An ipywidgets.VBox, `.controls` by name."""
+        import ipywidgets as w
+
+        look = look or self.look()
+        s = look.settings
+        wide = {"style": {"description_width": "110px"}, "layout": {"width": "400px"}}
+        controls = {
+            "slide_id": w.Dropdown(options=self.slide_ids, value=s.slide_id, description="slide", **wide),
+            "mpp": w.Dropdown(options=self._mpp_choices(s.mpp), value=s.mpp, description="mpp (µm/px)", **wide),
+            "min_tissue": w.FloatSlider(
+                value=s.min_tissue, min=0, max=1, step=0.05, description="foreground ≥", readout_format=".0%",
+                continuous_update=False, **wide,
+            ),
+            "tiles": w.IntSlider(
+                value=s.tiles, min=1, max=200, description="tiles", continuous_update=False, **wide
+            ),
+            "seed": w.BoundedIntText(value=s.seed, min=0, max=2**31, description="seed", **wide),
+        }  # fmt: skip
+        picture = w.Image(value=png or self.png(look), format="png", layout={"width": "100%", "max_width": "1100px"})
+
+        def redraw(_) -> None:
+            chosen = {name: control.value for name, control in controls.items()}
+            picture.value = self.png(self.look(Settings(**chosen)))
+
+        for control in controls.values():
+            control.observe(redraw, names="value")
+        grid = w.Layout(display="flex", flex_flow="row wrap", max_width="1100px")
+        box = w.VBox([w.Box(list(controls.values()), layout=grid), picture])
+        box.controls, box.picture = controls, picture
+        return box
+
+    def _mpp_choices(self, chosen: tuple[float, ...]) -> list[tuple[str, tuple[float, ...]]]:
+        singles = [(mpp,) for mpp in self.mpps]
+        sets = dict.fromkeys([*singles, self.mpps, tuple(chosen)])
+        return [(" + ".join(f"{mpp:g}" for mpp in one), one) for one in sets]
+
+    def _stream(self, settings: Settings, served: list[float]) -> TileStream | None:
+        if not served:
+            return None
+        one = self.index.subset([settings.slide_id])
+        return TileStream(one, self.tile_px, tuple(served), settings.min_tissue, settings.seed)
+
+    def _read_overview(self, slide_id: str) -> tuple[np.ndarray, float]:
+        """The slide's picture and its um/px: at most OVERVIEW_PX wide or high, never finer than the slide."""
+        slide = self.index.slide(slide_id)
+        um_per_px = max(slide.width_px, slide.height_px) * slide.mpp / OVERVIEW_PX
+        return slide.thumbnail(max(um_per_px, slide.mpp)), max(um_per_px, slide.mpp)
+
+    def _read_tile(self, *name) -> Tile:
+        name = TileName(*name)
+        return Tile(self.index.slide(name.slide_id).read(name.x, name.y, self.tile_px, name.mpp), *name)
+
+    def draw_slide(self, ax: Axes, look: Look, numbered: int = SHOWN) -> None:
+        """The slide, tissue outlined, white where no tile can be centred, tiles to scale and the first `numbered`."""
+        pixels, um_per_px = self._overview(look.settings.slide_id)
+        size = pixels.shape[1], pixels.shape[0]
+        mask, centres = (_resized(m, look.um_per_px / um_per_px, size) for m in (look.mask, look.centres))
+        veil = np.where(centres, 0, VEIL)[..., None]
+        ax.imshow((pixels * (1 - veil) + 255 * veil).astype(np.uint8), interpolation="antialiased")
+        ax.contour(mask, [0.5], colors=TISSUE_LINE, linewidths=0.7)
+        to_picture = self.index.slide(look.settings.slide_id).mpp / um_per_px
+        for row in look.names.itertuples():
+            x, y, side = row.x * to_picture, row.y * to_picture, self.tile_px * row.mpp / um_per_px
+            width = 1.8 if row.i < numbered else 0.9
+            ax.add_patch(Rectangle((x, y), side, side, fill=False, ec=mpp_colour(row.mpp), lw=width))
+            if row.i < numbered:
+                ax.text(x + side / 2, y + side / 2, row.i, **_LABEL)
+        ax.set(xlim=(0, size[0]), ylim=(size[1], 0), anchor="NW")
+        ax.set_axis_off()
+        scale_bar(ax, um_per_px)
+
+    def _draw_tiles(self, ax: Axes, look: Look) -> None:
+        ax.set_axis_off()
+        ax.set(anchor="NW")
+        tiles = self.tiles(look)
+        if not tiles:
+            ax.text(0.5, 0.5, _nothing(look), ha="center", va="center", fontsize=10, transform=ax.transAxes)
+            return
+        columns = {1: 1, 2: 2, 3: 2, 4: 2}.get(len(tiles), 4 if len(tiles) > 6 else 3)
+        step = self.tile_px + GAP_PX
+        sheet = np.full((step * -(-len(tiles) // columns), step * columns, 3), 255, np.uint8)
+        for n, tile in enumerate(tiles):
+            x, y = step * (n % columns), step * (n // columns)
+            sheet[y : y + self.tile_px, x : x + self.tile_px] = tile.image
+            frame = Rectangle((x, y), self.tile_px, self.tile_px, fill=False, ec=mpp_colour(tile.mpp), lw=2.2)
+            ax.add_patch(frame)
+            ax.text(x + 12, y + 12, tile.i, **{**_LABEL, "ha": "left", "va": "top"})
+            _bar(ax, x + 14, y + self.tile_px - 16, self.tile_px, tile.mpp)
+        ax.imshow(sheet, interpolation="antialiased")
+        ax.set(xlim=(-4, sheet.shape[1]), ylim=(sheet.shape[0], -4))
+
+
+_LABEL = {
+    "fontsize": 7,
+    "ha": "center",
+    "va": "center",
+    "bbox": {"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none", "alpha": 0.8},
+}
+
+
+def centre_map(mask: np.ndarray, side: float, min_tissue: float) -> np.ndarray:
+    """Mask cells in which a square of `side` cells, wholly inside, has its centre and at least min_tissue: bool.
+
+    For pictures: squares are taken to the nearest whole number of cells; `positions.count` counts exactly.
+    """
+    cells = max(1, round(side))
+    if cells > min(mask.shape):
+        return np.zeros_like(mask)
+    share = cv2.boxFilter(mask.astype(np.float32), -1, (cells, cells), borderType=cv2.BORDER_CONSTANT)
+    inside = np.zeros_like(mask)
+    low, high = cells // 2, (cells - 1) // 2
+    inside[low : mask.shape[0] - high, low : mask.shape[1] - high] = True
+    return inside & (share >= min_tissue - 1e-6)
+
+
+def admissible(
+    index: SlideIndex, slide_id: str, tile_px: int, mpp: float, min_tissue: float = 0.4
+) -> tuple[np.ndarray, int, float]:
+    """Every position of one slide, (rows, columns) bool, with its grid and the tile's side in level-0 px.
+
+    Holds the whole grid in memory, to check a sampler on a small slide; `positions.count` counts without.
+    """
+    row = index.subset([slide_id]).usable.iloc[0]
+    mask, _ = index.mask(slide_id)
+    grid, side = footprint(row.mpp, [float(d) for d in row.levels.split()], tile_px, mpp)
+    y, x = (grid * np.arange(span(int(length), side, grid)) for length in (row.height_px, row.width_px))
+    sums = integral(mask).astype(float)
+    near, far = (_along(sums, at / row.cell_px) for at in (y, y + side))
+    band = (far - near).T
+    near, far = (_along(band, at / row.cell_px) for at in (x, x + side))
+    area = (far - near).T * row.cell_px**2
+    return area >= least_area(side, min_tissue), grid, side
+
+
+def by_block(exact: np.ndarray, yx: np.ndarray, blocks: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """How many of the positions yx (n, 2) lie in each of blocks x blocks parts of the grid, and how many of a uniform
+    sampler's would. Parts that expect fewer than 5 join the fullest one, so that chi-square holds.
+    """
+    edges = [np.linspace(0, length, blocks + 1) for length in exact.shape]
+    seen = np.histogram2d(*yx.T, bins=edges)[0]
+    there = np.histogram2d(*np.nonzero(exact), bins=edges)[0]
+    expected = there / there.sum() * len(yx)
+    rare = (expected > 0) & (expected < 5)
+    fullest = np.unravel_index(expected.argmax(), expected.shape)
+    for counts in (seen, expected):
+        counts[fullest] += counts[rare].sum()
+        counts[rare] = 0
+    return seen, expected
+
+
+def mpp_colour(mpp: float) -> str:
+    """The fixed colour of the nearest standard mpp within a tenth, else one by its logarithm."""
+    nearest = min(MPP_COLOURS, key=lambda known: abs(np.log(known / mpp)))
+    if abs(np.log(nearest / mpp)) < 0.1:
+        return MPP_COLOURS[nearest]
+    return to_hex(colormaps["viridis"](np.clip((np.log2(mpp) + 3) / 6, 0, 1)))
+
+
+def _along(sums: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Rows of `sums` at fractional numbers, bilinear and so exact within a cell; past the last row, the last."""
+    low = np.minimum(at.astype(int), len(sums) - 2)
+    part = np.minimum(at - low, 1)[:, None]
+    return sums[low] * (1 - part) + sums[low + 1] * part
+
+
+def _resized(mask: np.ndarray, factor: float, size: tuple[int, int]) -> np.ndarray:
+    """A mask at `factor` times its resolution, cropped to the picture's (width, height)."""
+    to_picture = np.array([[factor, 0, 0], [0, factor, 0]])
+    return cv2.warpAffine(mask.astype(np.uint8), to_picture, size, flags=cv2.INTER_NEAREST).astype(bool)
+
+
+def _bar(ax: Axes, x: float, y: float, tile_px: int, mpp: float) -> None:
+    """A scale bar in a tile whose bar would start at (x, y)."""
+    length_um = round_length(tile_px * mpp / 3)
+    ax.plot([x, x + length_um / mpp], [y, y], color="black", lw=2, solid_capstyle="butt")
+    label = f"{length_um:g} µm" if length_um < 1000 else f"{length_um / 1000:g} mm"
+    ax.text(x, y - 8, label, **{**_LABEL, "fontsize": 6, "ha": "left", "va": "bottom"})
+
+
+def _headline(look: Look) -> str:
+    s, area = look.settings, np.count_nonzero(look.mask) * (look.um_per_px / 1000) ** 2
+    share = look.centres[look.mask].mean()
+    return f"{s.slide_id}: {area:.1f} mm² of tissue, tiles can be centred on {share:.0%}. Positions:"
+
+
+def _short(n: int) -> str:
+    return f"{n / 1e6:.1f} million" if n >= 1e6 else f"{n:,}"
+
+
+def _nothing(look: Look) -> str:
+    return (
+        f"No position has {look.settings.min_tissue:.0%} foreground at "
+        f"{' + '.join(f'{mpp:g}' for mpp in look.settings.mpp)} mpp.\n\n"
+        "Lower the threshold, or choose an mpp between\nthe slide's own and its size."
+    )
+
+
+def _view(widget) -> dict:
+    """What makes a front end show a widget in place of the picture."""
+    return {
+        "application/vnd.jupyter.widget-view+json": {
+            "version_major": 2, "version_minor": 0, "model_id": widget.model_id
+        }
+    }  # fmt: skip

@@ -1,0 +1,212 @@
+"""Pictures of a cohort: its slides and masks on one page, artefacts, ground truth, morphometry, what a run saw."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from pathfm import tissue
+from pathfm.cohort import Cohort
+from pathfm.figures import CLASS_COLOURS, image, scale_bar
+from pathfm.index import SlideIndex
+from pathfm.slide import Slide
+from pathfm.synthetic import CLASSES, Truth
+
+ARTEFACT_COLOURS = {"pen": "#009E73", "fold": "#D55E00", "bubble": "#56B4E9", "blur": "#E6C229"}
+MASK_LINE = "#0072B2"
+MASK_UM = tissue.UM_PER_PX
+PAGE_PX = 320  # of the longest side of any slide on a page
+
+
+def montage(index: SlideIndex, slide_ids: list[str], masks: bool = False, columns: int = 6) -> Figure:
+    """Slides on one page, at one scale; with `masks` their tissue outlined and supposed artefacts filled."""
+    sizes = {name: _size_um(index.slide(name)) for name in slide_ids}
+    width, height = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
+    um_per_px = max(MASK_UM, max(width, height) / PAGE_PX)
+    columns = min(columns, len(slide_ids))
+    centres = dict(index.slides[["slide_id", "centre"]].to_numpy()) if "centre" in index.slides else {}
+    rows = -(-len(slide_ids) // columns)
+    side = 6.5 / columns
+    fig, axes = plt.subplots(rows, columns, figsize=(6.5, rows * (side * height / width + 0.14)), squeeze=False)
+    for ax, name in zip(axes.ravel(), slide_ids, strict=False):
+        slide = index.slide(name)
+        thumbnail = slide.thumbnail(max(um_per_px, slide.mpp))
+        extent = (0, sizes[name][0], sizes[name][1], 0)
+        ax.imshow(thumbnail, extent=extent, interpolation="antialiased")
+        if masks:
+            _outline(ax, index, name, extent)
+        ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+        ax.set_title(f"{name}, {centres[name]}" if centres else name, fontsize=5.5, pad=1.5)
+    for ax in axes.ravel():
+        ax.set_axis_off()
+    scale_bar(axes[0, 0], 1.0, _round_mm(width))
+    if masks:
+        shown = [kind for kind in ARTEFACT_COLOURS if kind != "blur"]
+        handles = [Patch(fc=ARTEFACT_COLOURS[kind], alpha=0.7, label=f"taken for {kind}") for kind in shown]
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7)
+    return fig
+
+
+def artefact_sheet(cohort: Cohort, truths: dict[str, Truth], side_um: float = 900) -> Figure:
+    """One example of every kind of artefact, outlined by its truth."""
+    found = {kind: [t.artefact_mask(kind, MASK_UM).sum() for t in truths.values()] for kind in ARTEFACT_COLOURS}
+    found = {kind: areas for kind, areas in found.items() if max(areas)}
+    fig, axes = plt.subplots(1, len(found), figsize=(6.5, 1.95), squeeze=False)
+    for ax, (kind, areas) in zip(axes[0], found.items(), strict=True):
+        name = list(truths)[int(np.argmax(areas))]
+        path = cohort.table.set_index("slide_id")["path"][name]
+        mask = truths[name].artefact_mask(kind, MASK_UM)
+        x, y = _densest(mask, side_um / MASK_UM) * MASK_UM
+        with Slide.open(path) as slide:
+            pixels = slide.read(x / slide.mpp, y / slide.mpp, round(side_um / 2), 2.0)
+        ax.imshow(pixels, extent=(x, x + side_um, y + side_um, y), interpolation="antialiased")
+        height, width = mask.shape
+        outline = {"extent": (0, width * MASK_UM, 0, height * MASK_UM), "linewidths": 1.0, "linestyles": "--"}
+        ax.contour(mask, [0.5], colors=[ARTEFACT_COLOURS[kind]], **outline)
+        ax.set(xlim=(x, x + side_um), ylim=(y + side_um, y))
+        ax.set_title(kind, fontsize=8)
+        ax.set_axis_off()
+        scale_bar(ax, 1.0, 200)
+    return fig
+
+
+def truth_figure(cohort: Cohort, truths: dict[str, Truth], side_um: float = 180) -> Figure:
+    """A slide, its class map, and the nuclei of a square where many classes meet."""
+    many = {
+        name: np.count_nonzero(np.bincount(t.class_map.ravel(), minlength=9)[1:] > 4000) for name, t in truths.items()
+    }
+    fine = cohort.table.set_index("slide_id")["mpp"].sort_values(kind="stable")
+    name = max(fine.index[fine <= fine.iloc[0] * 1.1], key=lambda one: many[one])
+    truth = truths[name]
+    x, y = _busiest(truth, side_um)
+    with Slide.open(cohort.table.set_index("slide_id")["path"][name]) as slide:
+        width, height = _size_um(slide)
+        thumbnail = slide.thumbnail(MASK_UM / 2)
+        close = slide.read(x / slide.mpp, y / slide.mpp, round(side_um / slide.mpp), slide.mpp)
+    wide = width / height
+    size = (6.5, 6.5 / (2 * wide + 1) + 0.35)
+    fig, axes = plt.subplots(1, 3, figsize=size, width_ratios=(wide, wide, 1))
+    axes[0].imshow(thumbnail, extent=(0, width, height, 0), interpolation="antialiased")
+    colours = ListedColormap(["white", *(CLASS_COLOURS[one] for one in CLASSES)])
+    axes[1].imshow(truth.class_map, cmap=colours, vmin=-0.5, vmax=8.5, extent=(0, width, height, 0))
+    for ax in axes[:2]:
+        ax.add_patch(Rectangle((x, y), side_um, side_um, fill=False, ec="black", lw=1.2))
+        scale_bar(ax, 1.0, _round_mm(width))
+    image(axes[2], close, None)
+    _nuclei(axes[2], truth, x, y, side_um, truth.mpp)
+    scale_bar(axes[2], truth.mpp, 50)
+    for ax, title in zip(axes, (name, "tissue classes", "nuclei, by class"), strict=True):
+        ax.set_title(title, fontsize=8)
+        ax.set_axis_off()
+    handles = [Patch(fc=CLASS_COLOURS[one], label=one) for one in CLASSES]
+    fig.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=6.5, handlelength=1, columnspacing=1)
+    return fig
+
+
+def morphometry_figure(measures: pd.DataFrame) -> Figure:
+    """Measured values (dots) in published ranges (bars) or beside real tiles (crosses), a panel a quantity."""
+    quantities = ["nuclear diameter, um", "nuclei per mm2", "H density", "E density"]
+    fig, axes = plt.subplots(1, 4, figsize=(6.5, 2.5), sharey=True)
+    at = {name: len(CLASSES) - n for n, name in enumerate(CLASSES)}
+    for ax, quantity in zip(axes, quantities, strict=True):
+        for row in measures[measures["quantity"] == quantity].itertuples():
+            if row.published:
+                ax.plot(
+                    [float(end) for end in row.published.split(" to ")], [at[row[1]]] * 2, color="0.8", lw=7, zorder=0
+                )
+            ax.plot(row.measured, at[row[1]], "o", color=CLASS_COLOURS[row[1]], ms=5)
+            ax.plot(row.real, at[row[1]], "x", color="black", ms=5)
+        ax.set_title(quantity.replace("um", "µm").replace("mm2", "mm²"), fontsize=8)
+        ax.set_xlim(left=0)
+    axes[0].set_yticks(list(at.values()), list(at))
+    axes[0].set_xlabel("bar: published", fontsize=7)
+    axes[1].set_xlabel("bar: published", fontsize=7)
+    real = measures["real"].notna().any()
+    for ax in axes[2:]:
+        ax.set_xlabel("cross: real tiles" if real else "no real tiles at hand", fontsize=7)
+    return fig
+
+
+def draw_audit(axes, audit: dict[str, pd.DataFrame]) -> None:
+    """Three panels of `sampling.audit`: tiles by patient, by share of tissue, and tissue classes seen and there."""
+    patients, steps = audit["patient"], audit["tissue"]
+    axes[0].bar(range(len(patients)), patients["share"], color="0.75", label="of the tiles", width=0.7)
+    axes[0].plot(range(len(patients)), patients["of_slides"], "_", ms=14, mew=2, label="of the slides")
+    axes[0].set(xticks=[], xlabel=f"{len(patients)} patients", ylabel="share", ylim=(0, 1.35 * patients["share"].max()))
+    axes[0].legend(loc="upper center", ncols=2)
+    steps = steps[(steps["tiles"] > 0) | (np.arange(len(steps)) > 0)]
+    labels = [f"{100 * max(step.left, 0):.0f} to {100 * step.right:.0f}" for step in steps["tissue"]]
+    axes[1].bar(labels, steps["tiles"], color="0.75", width=0.7)
+    axes[1].set(xlabel="% of a tile that is tissue", ylabel="tiles")
+    if "class" not in audit:
+        axes[2].text(0.5, 0.5, "no ground truth of the classes", ha="center", transform=axes[2].transAxes)
+        axes[2].set_axis_off()
+        return
+    classes = audit["class"].sort_values("tissue")
+    axes[2].barh(classes["class"], classes["seen"], color=[CLASS_COLOURS[name] for name in classes["class"]])
+    there = axes[2].plot(classes["tissue"], classes["class"], "k|", ms=9, mew=1.6, label="in the slides")
+    axes[2].set(xlabel="share of the area")
+    axes[2].legend(handles=[Patch(fc="0.75", label="in the tiles"), *there], loc="lower right")
+
+
+def _outline(ax: Axes, index: SlideIndex, name: str, extent: tuple) -> None:
+    mask, um_per_px = index.mask(name)
+    height, width = mask.shape
+    grid = (0, width * um_per_px, 0, height * um_per_px)
+    ax.contour(mask, [0.5], colors=[MASK_LINE], linewidths=0.6, extent=grid)
+    slide = index.slide(name)
+    for kind, where in tissue.artefacts(slide.thumbnail(um_per_px), um_per_px).items():
+        if kind in ARTEFACT_COLOURS and where.any():
+            fill = np.zeros((*where.shape, 4))
+            fill[where] = (*to_rgb(ARTEFACT_COLOURS[kind]), 0.7)
+            ax.imshow(fill, extent=(0, grid[1], grid[3], 0), interpolation="nearest")
+
+
+def _nuclei(ax: Axes, truth: Truth, x: float, y: float, side_um: float, mpp: float) -> None:
+    """Outlines of the nuclei in a square, in pixels of `mpp`."""
+    table = truth.nuclei
+    inside = table[table["x_um"].between(x, x + side_um) & table["y_um"].between(y, y + side_um)]
+    at = (inside[["x_um", "y_um"]].to_numpy() - (x, y)) / mpp
+    size = inside[["major_um", "minor_um"]].to_numpy().T / mpp
+    colours = [CLASS_COLOURS[name] for name in inside["class"]]
+    style = {"units": "xy", "facecolors": "none", "edgecolors": colours, "linewidths": 1.1}
+    angle = np.rad2deg(inside["angle"].to_numpy())
+    ax.add_collection(EllipseCollection(*size, angle, offsets=at, offset_transform=ax.transData, **style))
+
+
+def _busiest(truth: Truth, side_um: float) -> tuple[float, float]:
+    """Corner, in um, of the square whose nuclei are many and of many classes."""
+    height, width = (side * truth.map_um for side in truth.class_map.shape)
+    edges = [np.arange(0, length, side_um / 2) for length in (height, width)]
+    score = np.zeros([len(edge) - 2 for edge in edges])
+    for _, nuclei in truth.nuclei.groupby("class"):
+        count = np.histogram2d(nuclei["y_um"], nuclei["x_um"], bins=edges)[0]
+        score += np.log1p(count[:-1, :-1] + count[1:, :-1] + count[:-1, 1:] + count[1:, 1:])
+    row, column = np.unravel_index(score.argmax(), score.shape)
+    return edges[1][column], edges[0][row]
+
+
+def _densest(mask: np.ndarray, side: float) -> np.ndarray:
+    """Corner (x, y), in pixels of the mask, of a square of `side` within it that holds nearly the most of it."""
+    cells = min(round(side), *mask.shape)
+    sums = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    held = sums[cells:, cells:] - sums[:-cells, cells:] - sums[cells:, :-cells] + sums[:-cells, :-cells]
+    best = np.argwhere(held >= 0.95 * held.max())
+    middle = (np.array(held.shape) - 1) / 2
+    return best[np.abs(best - middle).sum(axis=1).argmin()][::-1].astype(float)
+
+
+def _size_um(slide: Slide) -> tuple[float, float]:
+    return slide.width_px * slide.mpp, slide.height_px * slide.mpp
+
+
+def _round_mm(width_um: float) -> float:
+    """A round length near a third of the width."""
+    power = 10.0 ** np.floor(np.log10(width_um / 3))
+    return max(step * power for step in (1, 2, 5) if step * power <= width_um / 3)

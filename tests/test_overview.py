@@ -1,0 +1,50 @@
+"""Pictures of a cohort hold what they say, on tiny slides."""
+
+import numpy as np
+import pytest
+
+from pathfm import TileStream, overview, sampling
+from pathfm.synthetic import Truth
+
+
+@pytest.fixture(scope="module")
+def truths(cohort):
+    return {row.slide_id: Truth.open(row.path) for row in cohort}
+
+
+def test_a_page_shows_every_slide_at_one_scale(index):
+    ids = list(index.usable["slide_id"])
+    fig = overview.montage(index, ids, columns=3)
+    axes = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_title().split(",")[0] for ax in axes] == ids
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in axes}) == 1
+
+
+def test_masks_are_outlined(index):
+    fig = overview.montage(index, list(index.usable["slide_id"])[:2], masks=True)
+    assert all(len(ax.collections) == 1 for ax in fig.axes if ax.images)
+
+
+def test_truth_shows_a_slide_its_classes_and_nuclei(cohort, truths):
+    slide, classes, nuclei = overview.truth_figure(cohort, truths, side_um=120).axes
+    assert set(np.unique(classes.images[0].get_array())) <= set(range(9))
+    assert len(nuclei.collections[0].get_offsets()) > 5
+
+
+def test_the_densest_square_lies_within_and_holds_the_mark():
+    mask = np.zeros((50, 80), bool)
+    mask[:12, 60:78] = True
+    x, y = overview._densest(mask, 20)
+    assert 0 <= x <= 60 and y == 0
+    assert mask[int(y) : int(y) + 20, int(x) : int(x) + 20].sum() >= 0.95 * mask.sum()
+
+
+def test_the_audit_is_drawn_with_and_without_truth(index):
+    import matplotlib.pyplot as plt
+
+    audit = sampling.audit(TileStream(index, 128, 0.5), range(64))
+    for tables in (audit, {name: table for name, table in audit.items() if name != "class"}):
+        fig, axes = plt.subplots(1, 3)
+        overview.draw_audit(axes, tables)
+        assert sum(patch.get_height() for patch in axes[1].patches) == 64
+        plt.close(fig)
