@@ -52,13 +52,14 @@ class Scene:
     cells: Layer
 
 
-def plan(class_map: np.ndarray, map_um: float, params, seed: int) -> Scene:
+def plan(class_map: np.ndarray, map_um: float, params, seed: int, departure: float = 0.4) -> Scene:
     """Place glands, fibres, vessels, fat cells and nuclei over a slide.
 
     class_map  (h, w) uint8, 0 glass, otherwise 1 + index into CLASSES, one square every map_um
     params     a TissueParams, or one per class: a mapping from class name
+    departure  of each connected region from those parameters, as a share of the spread between patients
     """
-    ground = Ground(_on_grid(class_map, map_um), by_class(params), seed)
+    ground = Ground(_on_grid(class_map, map_um), by_class(params), seed, departure)
     connective.flows(ground)
     epithelium.plan_tumour(ground)
     epithelium.plan_normal(ground)

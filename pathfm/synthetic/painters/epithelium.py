@@ -13,11 +13,11 @@ from pathfm.synthetic.painters.connective import immune_cells, spindle_cells
 from pathfm.synthetic.painters.ground import DEPTH, GRID_UM, HOLLOW, Ground, Region, sample
 
 # Whole axes in um. Tumour nuclei 8 to 15 um, columnar and pencil-shaped in glands, round and vesicular in sheets.
-COLUMNAR = Look(12.0, 0.50, 0.14, 0.92, 0.20, vesicle=0.40, grain=0.24, nucleoli=0.8, rough=0.10, halo=0.05)
+COLUMNAR = Look(12.0, 0.50, 0.14, 0.88, 0.20, vesicle=0.40, grain=0.24, nucleoli=0.8, rough=0.10, halo=0.05)
 VESICULAR = Look(11.5, 0.76, 0.18, 0.80, 0.22, vesicle=0.58, grain=0.26, nucleoli=1.4, rough=0.12, halo=0.05)
 SMALL = Look(8.8, 0.80, 0.10, 1.10, 0.14, vesicle=0.0, grain=0.22, nucleoli=0.0, rough=0.14, halo=0.05)
 BIZARRE = Look(18.0, 0.70, 0.15, 1.05, 0.2, vesicle=0.35, grain=0.35, nucleoli=2.0, rough=0.22, halo=0.05)
-CRYPT = Look(8.6, 0.62, 0.10, 1.0, 0.15, vesicle=0.35, grain=0.22, nucleoli=0.5, rough=0.06, halo=0.05)
+CRYPT = Look(8.6, 0.62, 0.10, 1.08, 0.15, vesicle=0.35, grain=0.22, nucleoli=0.5, rough=0.06, halo=0.05)
 GHOST = Look(9.0, 0.72, 0.2, 0.42, 0.35, vesicle=0.7, grain=0.5, rough=0.12, halo=0.0, blur_um=1.5)
 PYKNOTIC = Look(4.4, 0.80, 0.28, 1.6, 0.2, grain=0.05, rough=0.15, halo=0.35)
 DUST = Look(1.7, 0.80, 0.35, 1.4, 0.25, grain=0.0, rough=0.1, halo=0.0)
@@ -37,7 +37,7 @@ def glands(region: Region, form: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     seeds = fields.lattice(rng, (u.min(), v.min()), (u.max(), v.max()), p.gland_um, 0.36)
     weight = (p.gland_um * 0.36) ** 2 * rng.uniform(-1, 1, len(seeds))
     near, border = fields.voronoi(u, v, seeds, p.gland_um, weight)
-    septa = p.septa_um * np.exp(0.55 * region.noise(LOW, 0.7))
+    septa = min(p.septa_um, 0.11 * p.gland_um) * np.exp(0.55 * region.noise(LOW, 0.7))
     shape = fields.blur(np.minimum(border, 60.0) - septa, 3.0)
     shape = np.minimum(shape, region.inside - 2.5)
     depth = fields.blur(fields.signed_distance(shape > 0, GRID_UM), 0.8)
@@ -84,7 +84,7 @@ def _tumour_cells(ground: Ground, region: Region, depth, hollow, openness, radia
     ground.scatter(region, "mitosis", MITOSIS, p.mitoses, rare, radial, 1.0, 0.9, 4)
     if p.small_cell > 0:
         patchy = np.clip(0.8 + 0.2 * region.noise(LOW), 0.4, 1) * body * p.small_cell
-        ground.scatter(region, "epithelial", SMALL, 15500, patchy, None, squeeze=0.80, tries=3)
+        ground.scatter(region, "epithelial", SMALL, 15500, patchy, None, squeeze=0.70, tries=3.5)
         body = body * (1 - p.small_cell)
     varied = _pleomorphic(grade)
     ground.scatter(region, "epithelial", varied(BIZARRE), 90 * grade**2, body * 1.0, None, squeeze=0.85)

@@ -18,7 +18,7 @@ GRID_UM = 2.0
 ALONG, ACROSS, DEPTH, HOLLOW, NX, NY = range(6)
 PIXEL_PARAMS = (
     *("fibre_um", "looseness", "eosin", "haematoxylin", "basophilia", "mucin", "fat_wall_um", "ghosts"),
-    "cleft",
+    *("small_cell", "cleft"),
 )
 
 
@@ -66,6 +66,7 @@ class Ground:
     classes: np.ndarray  # (h, w) uint8 on GRID_UM
     params: dict[int, TissueParams]
     seed: int
+    departure: float = 0.4  # of a region from its patient, as a share of the spread between patients
     maps: np.ndarray = field(init=False)
     region_of: np.ndarray = field(init=False)
     table: list = field(init=False)
@@ -101,7 +102,7 @@ class Ground:
             )
             mask = labels[window] == number
             rng = np.random.default_rng([self.seed, cls, number])
-            params = _departure(self.params[cls], rng)
+            params = _departure(self.params[cls], rng, self.departure)
             region = Region(cls, len(self.table), window, mask, fields.signed_distance(mask, GRID_UM), params, rng)
             self.table.append(_row(params, rng.uniform(0, 1) ** 2))
             self.region_of[window][mask] = region.number
@@ -198,13 +199,13 @@ def sample(field_map: np.ndarray, region: Region, points: np.ndarray) -> np.ndar
     return field_map[row, column]
 
 
-def _departure(params: TissueParams, rng: np.random.Generator, share: float = 0.4) -> TissueParams:
-    """The same patient elsewhere: `share` of the between-patient spread. Size and dye are left alone."""
+def _departure(params: TissueParams, rng: np.random.Generator, share: float) -> TissueParams:
+    """The same patient elsewhere: `share` of the between-patient spread. Nuclei and dye are left alone."""
     changed = {}
     for name, spec in TissueParams.__dataclass_fields__.items():
         meta, value = spec.metadata, getattr(params, name)
         draw = rng.standard_normal() * meta["sd"] * share
-        if meta["scale"] == "coarse":
+        if meta["scale"] == "coarse" or name in ("inflammation", "looseness", "goblet"):
             value = value * np.exp(draw) if meta["log"] else value + draw
             low = -np.inf if meta["low"] is None else meta["low"]
             high = np.inf if meta["high"] is None else meta["high"]

@@ -20,7 +20,7 @@ from pathfm.synthetic.painters.params import (
 )
 
 MIXED = 128  # flag of a grid square with another class within reach
-FIBRE_UM, LOOSE, EOSIN, HAEM, BASO, MUCIN, WALL_UM, GHOSTS, CLEFT = range(9)
+FIBRE_UM, LOOSE, EOSIN, HAEM, BASO, MUCIN, WALL_UM, GHOSTS, SMALL_CELL, CLEFT = range(10)
 _GRID = float(GRID_UM)
 
 
@@ -52,7 +52,7 @@ def _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl):
     t = c + 0.5 * f + 0.5 * m + 0.25 * k
     gap = _ramp(1.6 * loose - 2.1 - t, 0.3)
     dense = 1 - 0.20 * min(max(loose, 0.0), 1.2)
-    e = (0.60 + 0.13 * math.tanh(c) + 0.11 * f + 0.07 * k + 0.075 * g + 0.06 * m + 0.03 * low) * dense
+    e = (0.64 + 0.13 * math.tanh(c) + 0.11 * f + 0.07 * k + 0.075 * g + 0.06 * m + 0.03 * low) * dense
     h = 0.085 + 0.02 * math.tanh(c) + 0.025 * f + 0.015 * k + 0.02 * g
     return h * (1 - 0.9 * gap), max(e, 0.16) * (1 - 0.95 * gap)
 
@@ -75,7 +75,7 @@ def _muscle(noise, p, x, y, along, across, depth, crosscut, um):
         f = look(noise, FIBRIL, along / (0.8 * s), across / (0.65 * s))
         q = (look(noise, FIBRE, along / (2.4 * s) + 91.0, across / s) + 0.1 * f) / 0.16
         line = 1 / (1 + q * q)
-    e = 0.63 + 0.08 * math.tanh(c) + 0.10 * f + 0.07 * g + 0.05 * m + 0.03 * low - (0.24 if crosscut else 0.15) * line
+    e = 0.61 + 0.08 * math.tanh(c) + 0.10 * f + 0.07 * g + 0.05 * m + 0.03 * low - (0.24 if crosscut else 0.15) * line
     h = 0.11 + 0.03 * f + 0.02 * g + 0.015 * m - 0.02 * line
     split = _ramp(-(c + 0.3 * f + 0.45 * m + 2.35 - 0.5 * low - 0.6 * p[LOOSE]), 0.25)
     width = max(1.9, 1.6 + 2.2 * low + 3.0 * (p[LOOSE] - 0.4))
@@ -98,7 +98,7 @@ def _lymphoid(noise, p, x, y, along, across, depth, um):
     c = look(noise, FIBRE, along * 0.9, across * 0.9)
     f = look(noise, FIBRIL, along, across)
     centre = _ramp(depth, 8.0)
-    e = 0.22 + 0.06 * m + 0.06 * g + 0.12 * centre
+    e = 0.26 + 0.06 * m + 0.06 * g + 0.10 * centre
     e += 0.28 * _ramp(c + 0.4 * f - 1.5, 0.3) * (1 - 0.7 * centre)
     h = 0.10 + 0.03 * m + 0.02 * g + 0.05 * centre
     open_ = _ramp(m + 0.35 * low + 0.25 * g - 1.35 + 0.7 * centre, 0.35)
@@ -118,10 +118,10 @@ def _mucus(noise, p, x, y, along, across, um):
     strand = 1 / (1 + q * q)
     q = (k + 0.6 * m - 0.3 * f) / 0.13
     strand = (strand + 0.8 / (1 + q * q)) * _ramp(low + 0.6, 0.9)
-    body = p[MUCIN] * (0.25 + 0.09 * low + 0.04 * c + 0.05 * f + 0.06 * m + 0.025 * g)
-    void = _ramp(look(noise, LOW, x * 2.1 + 500.0, y * 2.1) + 0.25 * m - 0.75, 0.5)
-    h = max(body, 0.0) + 0.22 * strand * p[MUCIN]
-    e = 0.05 + 0.40 * max(body, 0.0) + 0.17 * strand + 0.02 * g
+    body = p[MUCIN] * (0.25 + 0.09 * low + 0.04 * c + 0.05 * f + 0.06 * m + 0.035 * g)
+    void = _ramp(look(noise, LOW, x * 2.1 + 500.0, y * 2.1) + 0.25 * m - 1.0, 0.5)
+    h = max(body, 0.0) + 0.27 * strand * p[MUCIN]
+    e = 0.05 + 0.40 * max(body, 0.0) + 0.22 * strand + 0.02 * g
     return h * (1 - 0.85 * void), e * (1 - 0.85 * void)
 
 
@@ -159,11 +159,11 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     fx, fy = x - 0.93 * nx * depth, y - 0.93 * ny * depth
     stripe = look(noise, GRAIN, fx * 0.42, fy * 0.42)
     if tumour:
-        e = 0.43 + 0.065 * g + 0.055 * m + 0.055 * stripe
-        h = 0.25 * p[BASO] + 0.04 * m + 0.045 * g + 0.02 * stripe
+        e = 0.43 - 0.14 * p[SMALL_CELL] + 0.065 * g + 0.055 * m + 0.055 * stripe
+        h = 0.22 * p[BASO] + 0.04 * m + 0.045 * g + 0.02 * stripe
     else:
         e = 0.45 + 0.07 * g + 0.05 * m + 0.05 * stripe
-        h = 0.19 + 0.04 * m + 0.04 * g + 0.02 * stripe
+        h = 0.22 + 0.04 * m + 0.04 * g + 0.02 * stripe
     slit = _ramp(stripe + 0.5 * m - 1.7, 0.4) * _ramp(depth - 4.0, 3.0)
     e *= 1 - 0.5 * slit
     h *= 1 - 0.6 * slit
@@ -238,7 +238,7 @@ def _adipose(noise, p, x, y, depth, um, fat_cells, fat_seeds, block_um, shift):
         e = wall * (0.52 + 0.14 * f + 0.09 * m + 0.10 * low) * (1 - 0.85 * tear)
         h = wall * (0.10 + 0.05 * low) * (1 - 0.85 * tear)
         if inner > 0:
-            veil = _ramp(look(noise, LOW, x * 1.1 + 17.0 * (cell % 13), y * 1.1) + 0.06 * m - 1.15, 0.06)
+            veil = _ramp(look(noise, LOW, x * 1.1 + 17.0 * (cell % 13), y * 1.1) + 0.06 * m - 1.5, 0.06)
             e += veil * (0.07 + 0.05 * low + 0.02 * f)
             h += veil * 0.02
     if septum > 0.0:
