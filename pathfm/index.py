@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from pathfm import positions, tissue
 from pathfm.cohort import TEXT, Cohort, select
 from pathfm.errors import InputError, nearest
 from pathfm.sampling import footprint
 from pathfm.slide import Slide
-from pathfm.storage import atomic, atomic_path, cache_dir, progress, read_json, write_json
+from pathfm.storage import atomic, cache_dir, progress, read_json, write_json
 
 VERSION = 2  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
@@ -209,12 +210,14 @@ def _results(todo: list, workers: int | None) -> Iterator[tuple[str, Path | str]
 
 
 def _scan_or_reason(path: str, mpp, folder: Path) -> Path | str:
+    """The part written, or why this slide is quarantined: whatever a file does, the others go on."""
+    name = Path(path).name
     try:
         found = _scan(path, None if mpp is None or pd.isna(mpp) else mpp)
     except InputError as error:
-        if not Path(path).exists() or not str(error).startswith(("cannot write", "no space left")):
-            return str(error).replace(str(path), Path(path).name)
-        raise
+        return str(error).replace(str(path), name)
+    except Exception as error:
+        return f"{name} cannot be indexed ({type(error).__name__}: {error}); look at it and leave it out"
     part = _part(path, mpp, folder)
     with atomic(part) as file:
         np.savez(file, **found)
@@ -298,7 +301,7 @@ def _standard_count(mask: np.ndarray, cell: int, slide: Slide, mpp: float) -> in
 
 
 def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
-    """Write slides.csv, masks.npy and, last, index.json from the parts."""
+    """Write slides.csv, masks.npy and, last, index.json from the parts; nothing where they are there already."""
     rows, masks, start = [], [], 0
     for row in cohort:
         result = found[row.slide_id]
@@ -319,8 +322,15 @@ def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
     facts = pd.DataFrame(rows).reindex(columns=_columns(rows))
     facts[WHOLE] = facts[WHOLE].astype("Int64")
     kept = cohort.table.drop(columns=[column for column in facts if column in cohort.table])
-    with atomic(folder / "masks.npy") as file:
-        np.save(file, np.concatenate(masks))
-    with atomic_path(folder / "slides.csv") as path:
-        pd.concat([kept, facts], axis=1).to_csv(path, index=False)
-    write_json(folder / "index.json", {"version": VERSION, "cohort": cohort.name, "slides": len(rows)})
+    table = pd.concat([kept, facts], axis=1).to_csv(index=False)
+    content = hashlib.blake2b("".join([table, *map(str, found.values())]).encode(), digest_size=16).hexdigest()
+    about = {"version": VERSION, "cohort": cohort.name, "slides": len(rows), "content": content}
+    if (folder / "index.json").is_file() and read_json(folder / "index.json") == about:
+        return
+    with FileLock(folder / ".lock"):
+        (folder / "index.json").unlink(missing_ok=True)  # so that no mixture of two indexes is ever opened
+        with atomic(folder / "masks.npy") as file:
+            np.save(file, np.concatenate(masks))
+        with atomic(folder / "slides.csv", "w") as file:
+            file.write(table)
+        write_json(folder / "index.json", about)

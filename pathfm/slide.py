@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from pathfm.errors import InputError
 MPP_TOLERANCE = 0.01  # a level this close to the mpp asked for is returned as it is
 MAX_UPSAMPLE = 1.1  # many 40x slides are 0.2525 mpp: up to 10 % finer than the slide is interpolated
 COARSEST_TAG_MPP = 20.0  # a TIFF resolution tag beyond this is meant for printers (72 dpi is 353 um/px)
+CACHE_BYTES = 64 * 2**20  # of decoded tiles, for all open slides of a process together
 BLOCK_PX = 4096 * 4096  # source pixels held at once while resampling
 THREE_WAYS = "give it one: a column 'mpp' in the cohort, Slide.open(path, mpp=...), or mend the file's own metadata"
 
@@ -231,13 +233,21 @@ def _openslide(path: str | Path) -> openslide.OpenSlide:
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path} is empty (0 bytes); fetch the file again")
     try:
-        return openslide.OpenSlide(path)
+        handle = openslide.OpenSlide(path)
+        handle.set_cache(_tile_cache(os.getpid()))
+        return handle
     except openslide.OpenSlideUnsupportedFormatError:
         raise InputError(f"{path} {_unsupported(path)}") from None
     except openslide.OpenSlideError as error:
         raise InputError(f"{path} is damaged ({error}); fetch the file again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _tile_cache(pid: int) -> openslide.OpenSlideCache:
+    """One cache of decoded tiles for all slides of a process, so that memory does not grow with open slides."""
+    return openslide.OpenSlideCache(CACHE_BYTES)
 
 
 def _unsupported(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 
@@ -87,8 +88,10 @@ def test_a_killed_build_goes_on_where_it_was(slides, tmp_path, monkeypatch):
         SlideIndex.open(tmp_path / "index")
     SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
     assert len(scanned) == 4  # two before, the third again
+    written = (tmp_path / "index" / "masks.npy").stat().st_mtime_ns
     SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
     assert len(scanned) == 4
+    assert (tmp_path / "index" / "masks.npy").stat().st_mtime_ns == written  # a reader is not disturbed
 
 
 def test_a_changed_file_is_indexed_anew(slides, tmp_path):
@@ -160,6 +163,26 @@ def test_a_cohort_whose_paths_are_all_wrong_says_so(tmp_path):
     with pytest.raises(InputError, match=r"none of the 2 slides.*a\.svs does not exist.*b\.svs does not exist"):
         SlideIndex.build(cohort, tmp_path / "index", workers=0)
     assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_a_finished_index_serves_from_a_disk_that_cannot_be_written(slides, tmp_path, monkeypatch):
+    SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
+
+    def refuse(path, mode="wb"):
+        raise AssertionError(f"wrote {path}")
+
+    monkeypatch.setattr(index_module, "atomic", refuse)
+    assert len(SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0).usable) == 3
+
+
+def test_a_full_disk_is_an_error_not_a_quarantine(slides, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="no space left while writing"):
+        SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
+    assert not [path for path in (tmp_path / "index").rglob("*") if path.is_file()]
 
 
 def test_an_index_of_another_version_is_refused(slides, tmp_path):
