@@ -241,6 +241,14 @@ def test_parameters_may_differ_by_class():
     assert len(CLASSES) == 8
 
 
+def test_regions_depart_from_their_patient():
+    row, column = np.mgrid[:100, :300]
+    islands = np.where(column // 100 == 1, STROMA, TUMOUR).astype(np.uint8)
+    apart, alike = (plan(islands, 2.0, DEFAULT, 1, departure=d) for d in (1.0, 0.0))
+    assert len(np.unique(apart.table[1:, 1])) == 3  # looseness of two tumours and the stroma between
+    assert len(np.unique(alike.table[1:, 1])) == 1
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (40, 40)])
 def test_small_and_empty_slides_are_drawn_too(shape):
     for value in (0, 1, 6):

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.spatial import cKDTree
 
 from pathfm.synthetic import fields
-from pathfm.synthetic.nuclei import Layer, stamp_bodies, stamp_nuclei
+from pathfm.synthetic.nuclei import BODY, NUCLEUS, Layer, stamp_bodies, stamp_nuclei
 from pathfm.synthetic.painters import connective, epithelium, materials
 from pathfm.synthetic.painters.ground import DEPTH, GRID_UM, NX, NY, Ground, by_class
 from pathfm.synthetic.painters.params import CLASSES, TissueParams
 
-__all__ = ["CLASSES", "NUCLEUS", "Scene", "TissueParams", "plan", "raster"]
+__all__ = ["CLASSES", "Scene", "TissueParams", "plan", "raster"]
 
-NUCLEUS = np.dtype(
+_TABLE = np.dtype(
     [
         *((name, "f4") for name in ("x_um", "y_um", "major_um", "minor_um", "angle")),
         ("cls", "u1"),
@@ -88,7 +89,7 @@ def plan(class_map: np.ndarray, map_um: float, params, seed: int, departure: flo
         np.stack(ground.table),
         _fat_blocks(fat, ground.classes),
         fat,
-        tuple(Layer(_rows(ground.bodies[k], 16), *ground.size_um) for k in sorted(ground.bodies)),
+        tuple(Layer(_rows(ground.bodies[k], len(BODY)), *ground.size_um) for k in sorted(ground.bodies)),
         cells,
     )
 
@@ -162,8 +163,6 @@ def _fat_blocks(seeds: np.ndarray, classes: np.ndarray) -> np.ndarray:
     rows, columns = (math.ceil(n * GRID_UM / _BLOCK_UM) + 1 for n in classes.shape)
     blocks = np.full((rows, columns, 8), -1, np.int32)
     if len(seeds) >= 8:
-        from scipy.spatial import cKDTree
-
         y, x = np.mgrid[:rows, :columns].reshape(2, -1) * _BLOCK_UM + _BLOCK_UM / 2
         _, found = cKDTree(seeds[:, :2]).query(np.stack([x, y], 1), k=8, distance_upper_bound=400)
         blocks[:] = np.where(found < len(seeds), found, -1).reshape(rows, columns, 8)
@@ -175,8 +174,8 @@ def _rows(parts: list, width: int) -> np.ndarray:
 
 
 def _nuclei(ground: Ground) -> tuple[np.ndarray, Layer]:
-    rows = _rows([rows for rows, _, _ in ground.nuclei], 13)
-    nuclei = np.zeros(len(rows), NUCLEUS)
+    rows = _rows([rows for rows, _, _ in ground.nuclei], len(NUCLEUS))
+    nuclei = np.zeros(len(rows), _TABLE)
     nuclei["x_um"], nuclei["y_um"] = rows[:, 0], rows[:, 1]
     nuclei["major_um"], nuclei["minor_um"], nuclei["angle"] = (
         2 * rows[:, 2],

@@ -7,7 +7,7 @@ import numpy as np
 
 from pathfm.synthetic import fields
 from pathfm.synthetic.fields import LOW, MID
-from pathfm.synthetic.nuclei import Look
+from pathfm.synthetic.nuclei import NUCLEUS, Look
 from pathfm.synthetic.painters.ground import ACROSS, ALONG, DEPTH, GRID_UM, HOLLOW, Ground, Region, sample
 
 FIBROBLAST = Look(13.5, 0.185, 0.26, 1.15, 0.28, vesicle=0.1, grain=0.2, rough=0.16, halo=0.10)
@@ -146,7 +146,7 @@ def _endothelium(ground: Ground, region: Region, vessel: np.ndarray) -> None:
     at = np.stack([x + np.cos(angle) * u - np.sin(angle) * v, y + np.sin(angle) * u + np.cos(angle) * v], 1)
     tangent = np.arctan2(b * np.cos(t), -a * np.sin(t)) + angle
     size = ENDOTHELIUM.major_um / 2 * np.exp(0.15 * rng.standard_normal(n)) * region.params.nuclear_size
-    rows = np.zeros((n, 13), np.float32)
+    rows = np.zeros((n, len(NUCLEUS)), np.float32)
     rows[:, :5] = np.stack([at[:, 0], at[:, 1], size, size * 0.26, tangent], 1)
     rows[:, 5:12] = [1.1 * region.params.haematoxylin, 0.0, 0.2 * region.params.chromatin, 0, 0.06, 0, 0.5]
     rows[:, 12] = rng.uniform(0, 97, n)

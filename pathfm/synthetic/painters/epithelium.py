@@ -80,8 +80,7 @@ def _tumour_cells(ground: Ground, region: Region, depth, hollow, openness, radia
     p, rng = region.params, region.rng
     body = (depth > 2.5) & (hollow < -4.5)
     grade = np.clip(p.pleomorphism, 0, 3)
-    rare = (body & (rng.random(region.shape) < 0.5)).astype(np.float32)
-    ground.scatter(region, "mitosis", MITOSIS, p.mitoses, rare, radial, 1.0, 0.9, 4)
+    ground.scatter(region, "mitosis", MITOSIS, p.mitoses, body * 1.0, radial, 1.0, 0.9, 4)
     if p.small_cell > 0:
         patchy = np.clip(0.8 + 0.2 * region.noise(LOW), 0.4, 1) * body * p.small_cell
         ground.scatter(region, "epithelial", SMALL, 15500, patchy, None, squeeze=0.70, tries=3.5)
@@ -138,13 +137,13 @@ def _debris(ground: Ground, region: Region, hollow: np.ndarray) -> None:
 
 
 def _pleomorphic(grade: float):
+    """A function that gives a look the spread of size and darkness of that grade; 1 is typical."""
+
     def vary(look: Look) -> Look:
-        return Look(
-            **{
-                **look.__dict__,
-                "spread": look.spread * (0.5 + 0.5 * grade),
-                "dark_spread": look.dark_spread * (0.6 + 0.4 * grade),
-            }
+        return replace(
+            look,
+            spread=look.spread * (0.5 + 0.5 * grade),
+            dark_spread=look.dark_spread * (0.6 + 0.4 * grade),
         )
 
     return vary
@@ -152,7 +151,7 @@ def _pleomorphic(grade: float):
 
 def _stretched(look: Look, by: float) -> Look:
     """Longer at the same area."""
-    return Look(**{**look.__dict__, "major_um": look.major_um * by**0.5, "ratio": min(look.ratio / by, 1.0)})
+    return replace(look, major_um=look.major_um * by**0.5, ratio=min(look.ratio / by, 1.0))
 
 
 def plan_normal(ground: Ground) -> None:

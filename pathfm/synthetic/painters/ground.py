@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from pathfm.synthetic import fields
-from pathfm.synthetic.nuclei import Crowd, Look
+from pathfm.synthetic.nuclei import NUCLEUS, Crowd, Look
 from pathfm.synthetic.painters.params import CLASSES, TissueParams
 
 GRID_UM = 2.0
@@ -120,9 +120,11 @@ class Ground:
         squeeze: float = 0.9,
         tries: float = 2.5,
     ) -> np.ndarray:
-        """Place nuclei of one look with probability `where` (0 to 1, the region's window); return them, (n, 13).
+        """Place nuclei of one look with probability `where` (0 to 1, the region's window); return their rows.
 
-        per_mm2  wanted where `where` is 1; angle  map of the long axis, random if None; turn  its spread, radians
+        per_mm2  wanted where `where` is 1
+        angle    map of the long axis, random if None; turn  spread around it, radians
+        squeeze  below 1, neighbours may overlap; tries  candidates per wanted nucleus
         """
         points = self.spots(region, where, per_mm2 * region.params.nuclear_density, tries)
         wanted = int(round(points.shape[0] / tries))
@@ -133,7 +135,7 @@ class Ground:
             heading = rng.uniform(0, np.pi, n)
         else:
             heading = sample(angle, region, points) + turn * rng.standard_normal(n)
-        rows = np.empty((n, 13), np.float32)
+        rows = np.empty((n, len(NUCLEUS)), np.float32)
         rows[:, :5] = np.stack([points[:, 0], points[:, 1], size, size * ratio, heading], 1)
         rows[:, 5] = look.dark * np.exp(look.dark_spread * rng.standard_normal(n)) * region.params.haematoxylin
         rows[:, 6] = np.clip(look.vesicle + 0.12 * rng.standard_normal(n) * (look.vesicle > 0), 0, 1)
@@ -160,7 +162,7 @@ class Ground:
         return np.stack([(column + jitter[:, 0]) * GRID_UM + x0, (row + jitter[:, 1]) * GRID_UM + y0], 1)
 
     def body(self, layer: int, region: Region, points, a, b, angle=0.0, h=0.0, e=0.0, **how) -> None:
-        """Add bodies at points (n, 2); every other argument is a number or an array of n. See nuclei.BODY."""
+        """Add bodies at points (n, 2); every other argument is a number or an array of n. See BODY."""
         n = len(points)
         options = {
             "cover": 1.0,
