@@ -195,6 +195,11 @@ def region_sd(knobs: Knobs) -> float:
     return STAIN["h_strength"].sd * np.sqrt(SHARES["stain"]["region"]) * knobs.strength("region")
 
 
+def departure(knobs: Knobs) -> float:
+    """Spread of tissue parameters between the classes of a slide, and again between pieces of a class, in sd."""
+    return float(np.sqrt(SHARES["tissue"]["region"] / 2) * knobs.strength("region"))
+
+
 def variant(origin: Origin, class_name: str) -> int:
     """Which of the VARIANTS this patient's `class_name` shows; frequencies fall as 1 / rank (Zipf)."""
     weights = 1 / np.arange(1, VARIANTS + 1)
@@ -211,7 +216,7 @@ def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0) -> dict[str, Tissu
         form = np.random.default_rng([_TAG["variant"], index, which]).standard_normal(len(TISSUE))
         region = _z(origin, "tissue", "region", len(TISSUE), index)
         z = shared + np.sqrt(SHARES["tissue"]["variants"]) * knobs.strength("variants") * form
-        z = dict(zip(TISSUE, z + np.sqrt(SHARES["tissue"]["region"]) * knobs.strength("region") * region, strict=True))
+        z = dict(zip(TISSUE, z + departure(knobs) * region, strict=True))
         z["inflammation"] += 1.4 * immune
         values = {name: float(latent.value(z[name])) for name, latent in TISSUE.items()}
         if class_name == "tumour" and knobs.variants != "off" and which % 6 == 5:

@@ -12,6 +12,7 @@ from pathfm.synthetic.slides import sidecar
 from pathfm.synthetic.truth import Truth
 
 KINDS = ("stain", "scanner", "tissue", "labels")
+_NUCLEI = ("epithelial", "lymphocyte", "fibroblast", "myocyte", "adipocyte", "pyknotic", "ghost", "dust", "mitosis")
 
 
 def slide_oracle(cohort: Cohort, kind: str) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def tile_oracle(cohort: Cohort, tiles: pd.DataFrame, tile_px: int) -> pd.DataFra
     """What the true nuclei of every tile say, one row a tile in the order of `tiles`; no class is looked up.
 
     tiles   slide_id, x, y (level-0 px) and mpp, as in the manifest of labelled tiles
-    Counts per mm2, sizes, elongation, spread and common direction of the nuclei, and how they cluster.
+    Counts per mm2, kinds, sizes, elongation and common direction of the nuclei, and how they cluster.
     """
     paths = dict(zip(cohort.table["slide_id"], cohort.table["path"], strict=True))
     found = {}
@@ -52,17 +53,16 @@ def tile_oracle(cohort: Cohort, tiles: pd.DataFrame, tile_px: int) -> pd.DataFra
 
 
 def _described(nuclei: pd.DataFrame, side_um: float) -> dict[str, float]:
-    area = side_um**2 / 1e6
-    if nuclei.empty:
-        return dict.fromkeys(("count", "size", "size_sd", "elongation", "direction", "clumping"), 0.0)
     size, long = nuclei["diameter_um"], nuclei["major_um"] / nuclei["minor_um"]
     direction = np.abs(np.exp(2j * nuclei["angle"].to_numpy()) @ (long - 1).to_numpy()) / max((long - 1).sum(), 1e-6)
-    quadrants = np.histogram2d(nuclei["x_um"], nuclei["y_um"], bins=4)[0]
-    return {
-        "count": len(nuclei) / area,
+    per_cell = np.histogram2d(nuclei["x_um"], nuclei["y_um"], bins=4)[0]
+    values = {
+        "count": len(nuclei) / (side_um**2 / 1e6),
         "size": size.mean(),
         "size_sd": size.std(ddof=0),
         "elongation": long.mean(),
         "direction": float(direction),
-        "clumping": quadrants.var() / max(quadrants.mean(), 1e-6),
+        "clumping": per_cell.var() / max(per_cell.mean(), 1e-6),
+        **{kind: (nuclei["kind"] == kind).mean() for kind in _NUCLEI},
     }
+    return {name: float(np.nan_to_num(value)) for name, value in values.items()}  # a tile without nuclei is all 0

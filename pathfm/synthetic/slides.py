@@ -83,7 +83,8 @@ def tissue(spec: SlideSpec) -> Tissue:
     plot = layout.Plot(spec.width_um, spec.height_um, wanted, spec.kind, distance)
     classes = layout.class_map(plot, _rng(spec, 0))
     params = appearance.tissue(spec.origin, spec.knobs, latent["B1"])
-    scene = painters.plan(classes, layout.MAP_UM, params, int(_rng(spec, 1).integers(1 << 31)))
+    seed = int(_rng(spec, 1).integers(1 << 31))
+    scene = painters.plan(classes, layout.MAP_UM, params, seed, appearance.departure(spec.knobs))
     _prominent_nucleoli(scene, latent["B2"])
     marks = artefacts.draw(_rng(spec, 2), spec.artefacts, classes > 0, spec.origin.slide)
     latents = {
