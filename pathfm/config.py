@@ -138,7 +138,7 @@ SMOKE: dict[str, Any] = {
     "head_hidden": 256,
     "head_bottleneck": 64,
     "head_norm": True,
-    "momentum": 0.95,
+    "momentum": 0.996,
     "steps": 40,
     "batch_size": 16,
     "base_lr": 1.6e-2,
