@@ -273,7 +273,7 @@ def _pixel(cls, noise, p, x, y, q, um, fat_cells, fat_seeds, block_um, shift):
             if cls == MUCUS:
                 h, e = _mucus(noise, p, x, y, along, across, um)
             else:
-                loose, size, curl = (p[LOOSE] + 0.85, 0.8, 3.2) if cls == NORMAL else (p[LOOSE] + 0.1, 1.05, 1.3)
+                loose, size, curl = (0.5 * p[LOOSE] + 0.93, 0.8, 3.2) if cls == NORMAL else (p[LOOSE] + 0.1, 1.05, 1.3)
                 h, e = _collagen(noise, p, x, y, along, across, depth, um, loose, size, curl)
                 if depth > -16.0 and cls == TUMOUR:
                     low = look(noise, LOW, x * 1.6 + 333.0, y * 1.6)
