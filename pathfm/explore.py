@@ -56,6 +56,7 @@ class Look:
     positions   mpp -> number of admissible positions; 0 where the slide cannot serve it
     mask        (h, w) bool tissue of the slide, `um_per_px` apart
     centres     (h, w) bool, where the centre of a tile of any of the mpp may lie
+    slide_mpp   of its level 0
     names       one row a tile: slide_id, x, y, mpp, tissue, resampled, i
     stream      which they were drawn from, None where no position is admissible
     """
@@ -65,6 +66,7 @@ class Look:
     mask: np.ndarray
     centres: np.ndarray
     um_per_px: float
+    slide_mpp: float
     names: pd.DataFrame
     stream: TileStream | None
 
@@ -108,7 +110,7 @@ class Explorer:
                 centres |= centre_map(mask, side / row.cell_px, settings.min_tissue)
         stream = self._stream(settings, [mpp for mpp, n in counts.items() if n])
         names = stream.names(range(settings.tiles)) if stream else pd.DataFrame(columns=TileName._fields)
-        return Look(settings, pd.Series(counts), mask, centres, um_per_px, names, stream)
+        return Look(settings, pd.Series(counts), mask, centres, um_per_px, row.mpp, names, stream)
 
     def tiles(self, look: Look, n: int = SHOWN) -> list[Tile]:
         """The first n of the tiles, read."""
@@ -152,10 +154,11 @@ class Explorer:
 
         look = look or self.look()
         s = look.settings
-        wide = {"style": {"description_width": "110px"}, "layout": {"width": "400px"}}
+        wide = {"style": {"description_width": "95px"}, "layout": {"width": "350px"}}
         controls = {
             "slide_id": w.Dropdown(options=self.slide_ids, value=s.slide_id, description="slide", **wide),
             "mpp": w.Dropdown(options=self._mpp_choices(s.mpp), value=s.mpp, description="mpp (µm/px)", **wide),
+            "seed": w.BoundedIntText(value=s.seed, min=0, max=2**31, description="seed", **wide),
             "min_tissue": w.FloatSlider(
                 value=s.min_tissue, min=0, max=1, step=0.05, description="foreground ≥", readout_format=".0%",
                 continuous_update=False, **wide,
@@ -163,7 +166,6 @@ class Explorer:
             "tiles": w.IntSlider(
                 value=s.tiles, min=1, max=200, description="tiles", continuous_update=False, **wide
             ),
-            "seed": w.BoundedIntText(value=s.seed, min=0, max=2**31, description="seed", **wide),
         }  # fmt: skip
         picture = w.Image(value=png or self.png(look), format="png", layout={"width": "100%", "max_width": "1100px"})
 
@@ -207,7 +209,7 @@ class Explorer:
         veil = np.where(centres, 0, VEIL)[..., None]
         ax.imshow((pixels * (1 - veil) + 255 * veil).astype(np.uint8), interpolation="antialiased")
         ax.contour(mask, [0.5], colors=TISSUE_LINE, linewidths=0.7)
-        to_picture = self.index.slide(look.settings.slide_id).mpp / um_per_px
+        to_picture = look.slide_mpp / um_per_px
         for row in look.names.itertuples():
             x, y, side = row.x * to_picture, row.y * to_picture, self.tile_px * row.mpp / um_per_px
             width = 1.8 if row.i < numbered else 0.9
@@ -339,8 +341,9 @@ def _short(n: int) -> str:
 def _nothing(look: Look) -> str:
     return (
         f"No position has {look.settings.min_tissue:.0%} foreground at "
-        f"{' + '.join(f'{mpp:g}' for mpp in look.settings.mpp)} mpp.\n\n"
-        "Lower the threshold, or choose an mpp between\nthe slide's own and its size."
+        f"{' + '.join(f'{mpp:g}' for mpp in look.settings.mpp)} µm/px.\n\n"
+        f"This slide was scanned at {look.slide_mpp:.3g} µm/px and serves no finer scale.\n"
+        "Choose a coarser one, or lower the threshold."
     )
 
 

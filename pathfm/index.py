@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import threading
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 from filelock import FileLock
@@ -27,6 +29,8 @@ STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide
 OPEN_SLIDES = 32  # handles kept per process
+START = "spawn"  # how processes begin
+WORTH_PROCESSES = 300 * 2**20  # bytes of slides; fewer are indexed sooner than processes start
 
 WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words"]  # columns that hold whole numbers
 WHOLE += [f"positions@{mpp}" for mpp in STANDARD_MPP]
@@ -53,7 +57,7 @@ class SlideIndex:
         """The index of a cohort, made in parallel; what an earlier, killed build finished is kept.
 
         folder    None: cache_dir()/index/<hash of the cohort>
-        workers   processes; None: one per core, 0: this process
+        workers   processes; None: one per core where the cohort is worth it, 0: this process
 
         A slide that cannot be read is quarantined with its reason. Raises InputError where that is every one.
         """
@@ -109,6 +113,10 @@ class SlideIndex:
         width, height = -(-row.width_px // row.cell_px), -(-row.height_px // row.cell_px)
         words = self.words[row.mask_start : row.mask_start + height * row.mask_words]
         return positions.unpack(words.reshape(height, row.mask_words), width), row.cell_px * row.mpp
+
+    def artefacts(self, slide_id: str) -> dict[str, np.ndarray]:
+        """What was left out of the mask as "pen", "bubble", "fold" or "blur", (h, w) bool, found on the slide anew."""
+        return _tissue(self.slide(slide_id), int(self._row(slide_id).cell_px))[1]
 
     def slide(self, slide_id: str) -> Slide:
         """The slide, open; a process keeps at most OPEN_SLIDES."""
@@ -188,13 +196,14 @@ def _results(todo: list, workers: int | None) -> Iterator[tuple[str, Path | str]
 
     A slide that crashes its process is found by giving each unfinished one a process of its own.
     """
-    workers = min(len(todo), os.cpu_count() or 1) if workers is None else workers
+    if workers is None:
+        workers = min(len(todo), os.cpu_count() or 1) if _bytes(todo) > WORTH_PROCESSES else 0
     if workers <= 1:
         yield from ((slide_id, _scan_or_reason(*job)) for slide_id, job in todo)
         return
     left = dict(todo)
     try:
-        with ProcessPoolExecutor(workers) as pool:
+        with _pool(workers) as pool:
             futures = {pool.submit(_scan_or_reason, *job): slide_id for slide_id, job in todo}
             for future in as_completed(futures):
                 result = future.result()
@@ -202,11 +211,20 @@ def _results(todo: list, workers: int | None) -> Iterator[tuple[str, Path | str]
                 yield futures[future], result
     except BrokenProcessPool:
         for slide_id, job in left.items():
-            with ProcessPoolExecutor(1) as pool:
+            with _pool(1) as pool:
                 try:
                     yield slide_id, pool.submit(_scan_or_reason, *job).result()
                 except BrokenProcessPool:
-                    yield slide_id, f"{job[0]} crashes its reader; fetch the file again or leave it out"
+                    yield slide_id, f"{Path(job[0]).name} crashes its reader; fetch the file again or leave it out"
+
+
+def _bytes(todo: list) -> int:
+    return sum(os.stat(job[0]).st_size for _, job in todo if os.path.isfile(job[0]))
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes: one that is forked inherits locks of threads that it does not have."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context(START), cv2.setNumThreads, (1,))
 
 
 def _scan_or_reason(path: str, mpp, folder: Path) -> Path | str:

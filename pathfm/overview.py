@@ -47,9 +47,8 @@ def montage(index: SlideIndex, slide_ids: list[str], masks: bool = False, column
         ax.set_axis_off()
     scale_bar(axes[0, 0], 1.0, _round_mm(width))
     if masks:
-        shown = [kind for kind in ARTEFACT_COLOURS if kind != "blur"]
-        handles = [Patch(fc=ARTEFACT_COLOURS[kind], alpha=0.7, label=f"taken for {kind}") for kind in shown]
-        fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7)
+        handles = [Patch(fc=fill, alpha=0.7, label=f"taken for {kind}") for kind, fill in ARTEFACT_COLOURS.items()]
+        fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7)
     return fig
 
 
@@ -160,12 +159,11 @@ def _outline(ax: Axes, index: SlideIndex, name: str, extent: tuple) -> None:
     height, width = mask.shape
     grid = (0, width * um_per_px, 0, height * um_per_px)
     ax.contour(mask, [0.5], colors=[MASK_LINE], linewidths=0.6, extent=grid)
-    slide = index.slide(name)
-    for kind, where in tissue.artefacts(slide.thumbnail(um_per_px), um_per_px).items():
-        if kind in ARTEFACT_COLOURS and where.any():
-            fill = np.zeros((*where.shape, 4))
-            fill[where] = (*to_rgb(ARTEFACT_COLOURS[kind]), 0.7)
-            ax.imshow(fill, extent=(0, grid[1], grid[3], 0), interpolation="nearest")
+    spoilt = index.slides.set_index("slide_id").loc[name, [f"{kind}_mm2" for kind in tissue.KINDS]].any()
+    for kind, where in index.artefacts(name).items() if spoilt else ():
+        fill = np.zeros((*where.shape, 4))
+        fill[where] = (*to_rgb(ARTEFACT_COLOURS[kind]), 0.7)
+        ax.imshow(fill, extent=(0, grid[1], grid[3], 0), interpolation="nearest")
 
 
 def _nuclei(ax: Axes, truth: Truth, x: float, y: float, side_um: float, mpp: float) -> None:
