@@ -12,6 +12,7 @@ import openslide
 import pandas as pd
 import pytest
 import tifffile
+from PIL import Image
 
 from pathfm.cohort import check_roles
 from pathfm.errors import InputError
@@ -23,9 +24,11 @@ from pathfm.synthetic import (
     Truth,
     appearance,
     cohorts,
+    contact_sheet,
     labelled_tiles,
     layout,
     make_cohort,
+    morphometry,
     oracles,
     render,
     slides,
@@ -33,6 +36,7 @@ from pathfm.synthetic import (
 )
 from pathfm.synthetic.appearance import Origin
 from pathfm.synthetic.artefacts import KINDS
+from pathfm.synthetic.morphometry import optical_density
 
 
 @pytest.fixture(scope="module")
@@ -485,6 +489,47 @@ def test_labels_are_noisy_readings_of_their_latents():
     for name in ("B1", "B2", "B3"):
         assert 0.85 <= auc(labels[name], latents[name]) <= 0.92, name
         assert abs(auc(labels.B0, latents[name]) - 0.5) < 0.04
+
+
+def test_the_labels_on_lymphocytes_reach_the_tissue():
+    params = [appearance.tissue(Origin(0, 0, 4, 0, 0), Knobs(), immune)["stroma"] for immune in (-1.5, 1.5)]
+    assert params[1].inflammation > 3 * params[0].inflammation
+    distance = []
+    for wanted_um in (30, 500):
+        classes = layout.class_map(layout.Plot(2400, 2400, lymphocytes_um=wanted_um), np.random.default_rng(2))
+        to_tumour = layout.ndimage.distance_transform_edt(classes != layout.CODE["tumour"]) * layout.MAP_UM
+        distance.append(to_tumour[classes == layout.CODE["lymphocytes"]].mean())
+    assert distance[1] > 1.5 * distance[0]
+
+
+# Looks
+
+
+def test_morphometry_names_every_class_and_stays_near_published_ranges(tiny):
+    table = morphometry(tiny)
+    assert set(table["class"]) == set(CLASSES)
+    assert table["inside"].dropna().mean() > 0.7
+    assert table.query("quantity == 'H density'").set_index("class").measured.idxmax() in ("lymphocytes", "tumour")
+
+
+def test_contact_sheet_has_every_class_at_every_mpp_and_real_tiles_beside(tiny, tmp_path):
+    (tmp_path / "TUM").mkdir()
+    Image.new("RGB", (32, 32), (180, 90, 160)).save(tmp_path / "TUM" / "one.png")
+    titles, rows = contact_sheet(tiny, tmp_path, tile_px=32)
+    assert titles == ["0.25 um/px", "0.5 um/px", "1 um/px", "2 um/px", "real"]
+    assert list(rows) == list(CLASSES)
+    assert all(image.shape == (32, 32, 3) for images in rows.values() for image in images[:4])
+    assert rows["tumour"][4].shape == (32, 32, 3) and rows["muscle"][4] is None
+    with pytest.raises(InputError, match="no folder named like"):
+        contact_sheet(tiny, tmp_path / "TUM")
+
+
+def test_optical_density_of_pure_dyes():
+    white = np.full((4, 4, 3), 243, np.uint8)
+    assert optical_density(white) == pytest.approx((0, 0), abs=1e-3)
+    blue = np.round(243 * 10 ** -(0.5 * np.array([0.65, 0.70, 0.29]))).astype(np.uint8)
+    h, e = optical_density(np.broadcast_to(blue, (4, 4, 3)))
+    assert h == pytest.approx(0.5 * np.linalg.norm([0.65, 0.70, 0.29]), abs=0.02) and e < 0.02
 
 
 def auc(label, score) -> float:

@@ -12,7 +12,6 @@ from PIL import Image
 from pathfm.cohort import Cohort
 from pathfm.errors import InputError
 from pathfm.slide import Slide
-from pathfm.synthetic.layout import smooth_noise
 from pathfm.synthetic.painters import CLASSES
 from pathfm.synthetic.tiles import pure_positions
 from pathfm.synthetic.truth import Truth
@@ -204,9 +203,14 @@ def contact_sheet(
 
 
 def _deepest(truth: Truth, name: str, rng: np.random.Generator, index: int) -> tuple[float, int, float, float]:
-    """How far inside the class its deepest clean point lies (um), and where; a little chance between slides."""
+    """How far inside the class its deepest nucleus lies (um), and where; a little chance between slides."""
     mask = (truth.class_map == 1 + CLASSES.index(name)) & (truth.artefacts == 0)
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5) * truth.map_um
-    depth = depth * (1 + 0.1 * np.clip(smooth_noise(rng, mask.shape, 60), -2, 2)) * rng.uniform(0.7, 1)
-    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-    return float(depth[row, column]), index, (column + 0.5) * truth.map_um, (row + 0.5) * truth.map_um
+    nuclei = truth.nuclei[truth.nuclei["class"] == name]
+    if nuclei.empty:
+        return 0.0, index, 0.0, 0.0
+    cells = (nuclei[["y_um", "x_um"]].to_numpy() / truth.map_um).astype(int)
+    row, column = np.clip(cells, 0, np.array(mask.shape) - 1).T
+    deep = depth[row, column] * rng.uniform(0.8, 1, len(nuclei))
+    best = int(deep.argmax())
+    return float(deep[best] * rng.uniform(0.7, 1)), index, *nuclei[["x_um", "y_um"]].to_numpy()[best]
