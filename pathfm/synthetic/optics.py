@@ -12,7 +12,7 @@ _TABLE = np.exp(-np.arange(8 * _STEPS) / _STEPS).astype(np.float32)
 _NOISE_PX = 1024
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _absorb(h, e, gain, matrix, table, steps, out):
     last = table.shape[0] - 1
     for y in range(h.shape[0]):
@@ -23,7 +23,7 @@ def _absorb(h, e, gain, matrix, table, steps, out):
                 out[y, x, c] = table[min(max(density, 0), last)]
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _digitise(light, wide, sharpen, curve, noise, level, shift, out):
     size = noise.shape[0] - 1
     top = curve.shape[1] - 1
