@@ -22,7 +22,7 @@ class Cohort:
     """Slides and what is known of them. `table` has one row a slide and at least slide_id and path.
 
     Optional columns: patient_id, centre, scanner, organ, stain, mpp (microns per pixel where the file has
-    none), role (one of ROLES), and any label.
+    none), role (one of ROLES), and any label. No patient has two roles.
     """
 
     def __init__(self, table: pd.DataFrame, name: str = "cohort"):
@@ -91,7 +91,6 @@ class Cohort:
         table = self.table.copy()
         units = _units(table, by)
         table["role"] = units.map(_draw_roles(units.unique(), fractions, seed, by))
-        check_roles(table)
         return Cohort(table, self.name)
 
 
@@ -161,6 +160,7 @@ def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:
         if odd:
             name = sorted(map(str, odd))[0]
             raise InputError(f"{source} has the unknown role '{name}'.{nearest(name, ROLES)}")
+        check_roles(table)
     return table
 
 

@@ -29,7 +29,6 @@ STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide
 OPEN_SLIDES = 32  # handles kept per process
-START = "spawn"  # how processes begin
 WORTH_PROCESSES = 300 * 2**20  # bytes of slides; fewer are indexed sooner than processes start
 
 WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words"]  # columns that hold whole numbers
@@ -223,8 +222,8 @@ def _bytes(todo: list) -> int:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes: one that is forked inherits locks of threads that it does not have."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context(START), cv2.setNumThreads, (1,))
+    """Fresh processes: OpenCV hangs in one that is forked, waiting for threads that stayed behind."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,))
 
 
 def _scan_or_reason(path: str, mpp, folder: Path) -> Path | str:

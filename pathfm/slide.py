@@ -137,6 +137,8 @@ class Slide:
         resample: str = "auto",
     ) -> np.ndarray:
         """`read` for a rectangle: (height_px, width_px, 3) uint8."""
+        if min(width_px, height_px) < 1:
+            raise InputError(f"cannot read {width_px} x {height_px} px of {self.path}; ask for at least one")
         return self._pixels(x, y, width_px, height_px, self.plan(mpp, max_upsample, resample))
 
     def thumbnail(self, um_per_px: float = 8.0) -> np.ndarray:
@@ -225,6 +227,8 @@ class Slide:
 
 def _openslide(path: str | Path) -> openslide.OpenSlide:
     """An open handle, or an InputError that says what is wrong with the file."""
+    if "://" in str(path):
+        raise InputError(f"{path} is an address, and only local files are read; download it first")
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; correct its path")

@@ -48,8 +48,9 @@ def test_splitting_a_patient_is_refused(table):
     with pytest.raises(InputError, match=r"patient 'p\d\d' is on two sides.*split\(by='patient'\)"):
         Cohort(table).split(by="slide")
     table["role"] = ["pretrain", "test"] * 15
-    with pytest.raises(InputError, match=r"patient 'p00' is on two sides of the split \(pretrain, test\)"):
-        check_roles(table)
+    for use in (check_roles, Cohort):
+        with pytest.raises(InputError, match=r"patient 'p00' is on two sides of the split \(pretrain, test\)"):
+            use(table)
 
 
 def test_a_slide_without_patient_is_its_own(table):

@@ -27,7 +27,7 @@ def slides(real_data) -> dict:
 
 @pytest.fixture(scope="module")
 def real_index(slides, tmp_path_factory) -> SlideIndex:
-    return SlideIndex.build(cohort_of(slides), tmp_path_factory.mktemp("real"), workers=2)
+    return SlideIndex.build(cohort_of(slides), tmp_path_factory.mktemp("real"), workers=0)
 
 
 def test_every_slide_is_indexed_or_quarantined_with_its_reason(real_index):
