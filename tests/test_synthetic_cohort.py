@@ -401,6 +401,33 @@ def test_an_effect_that_is_off_is_nil():
     assert len({tuple(asdict(appearance.tissue(o, off)["tumour"]).values()) for o in origins}) == 1
 
 
+def test_the_null_twin_of_the_centre_shows_no_centre():
+    twin = small_spec(knobs=Knobs(centre="off"))
+    assert (render(twin, centre=0) == render(twin, centre=1)).all()
+    assert (slides.tissue(twin).scene.class_map == slides.tissue(small_spec()).scene.class_map).all()
+
+
+def test_centres_differ_in_class_proportions_only_on_request():
+    def spread(knobs: Knobs) -> float:
+        wanted = [
+            [appearance.shares(Origin(0, c, 4, p, p), layout.TYPICAL, knobs)["adipose"] for p in range(40)]
+            for c in range(4)
+        ]
+        return float(np.log(wanted).mean(1).std())
+
+    assert spread(Knobs(proportions="strong")) > 3 * spread(Knobs(proportions="off"))
+
+
+def test_variants_follow_zipf_and_belong_to_patients():
+    drawn = [appearance.variant(Origin(0, 0, 4, p, s), "tumour") for p in range(2000) for s in (0, 1)]
+    assert drawn[::2] == drawn[1::2]
+    counts = np.bincount(drawn, minlength=appearance.VARIANTS)
+    expected = 1 / np.arange(1, appearance.VARIANTS + 1)
+    expected = expected / expected.sum()
+    assert counts[0] / len(drawn) == pytest.approx(expected[0], abs=0.03)
+    assert counts[:10].sum() / len(drawn) == pytest.approx(expected[:10].sum(), abs=0.04)
+
+
 def test_the_centre_effect_can_be_all_stain_or_all_scanner():
     origins = [Origin(0, c, 4, 0, 0) for c in range(4)]
     for share, still, moving in ((0.0, "scanner", "stain"), (1.0, "stain", "scanner")):
