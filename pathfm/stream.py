@@ -202,6 +202,16 @@ class TileStream:
         slide = self.index.slide(name.slide_id)
         return slide.read(name.x, name.y, self.tile_px, name.mpp, self.max_upsample, self.resample)
 
+    def __getstate__(self) -> dict:
+        """Without the masks: another process maps them itself."""
+        tables = self._sampler.tables._replace(words=None)
+        sampler = Sampler(tables, self.min_tissue, self.seed, self.tiles_per_slide)
+        return {**self.__dict__, "_sampler": sampler}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._sampler.tables = self._sampler.tables._replace(words=self.index.words)
+
     def __repr__(self) -> str:
         mpp = ", ".join(f"{value:g}" for value in self.weights)
         return f"TileStream({len(self.slides)} slides, {self.tile_px} px at {mpp} um/px, seed {self.seed})"

@@ -217,6 +217,7 @@ def test_the_same_tiles_in_any_order_and_process_and_from_a_saved_index(index):
     here = digest([stream[40], stream[3], stream[17]])
     assert digest(stream.__getitems__([17, 3, 40])[::-1]) == here
     assert digest(pickle.loads(pickle.dumps(stream)).__getitems__([40, 3, 17])) == here
+    assert len(pickle.dumps(stream)) < 20_000  # the masks stay on disk
     script = ELSEWHERE.format(path=[p for p in sys.path if p], folder=str(index.folder))
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == here
