@@ -15,7 +15,6 @@ _HOME = {
     "SlideIndex": "index",
     "TileStream": "stream",
     "PretrainConfig": "pretrain",
-    "pretrain": "pretrain",
     "TileSet": "benchmarks",
     "load": "export",
     "InputError": "errors",
