@@ -22,30 +22,36 @@ ARTEFACT_COLOURS = {"pen": "#009E73", "fold": "#D55E00", "bubble": "#56B4E9", "b
 MASK_LINE = "#0072B2"
 MASK_UM = tissue.UM_PER_PX
 PAGE_PX = 320  # of the longest side of any slide on a page
+SCALES = 8  # slides that differ more in length are not shown at one scale
 
 
 def montage(index: SlideIndex, slide_ids: list[str], masks: bool = False, columns: int = 6) -> Figure:
-    """Slides on one page, at one scale; with `masks` their tissue outlined and supposed artefacts filled."""
+    """Slides on one page; with `masks` their tissue outlined and supposed artefacts filled.
+
+    At one scale with one bar, unless some slide is SCALES times as long as another: then each has its own.
+    """
     sizes = {name: _size_um(index.slide(name)) for name in slide_ids}
-    width, height = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
-    um_per_px = max(MASK_UM, max(width, height) / PAGE_PX)
-    columns = min(columns, len(slide_ids))
+    longest = [max(size) for size in sizes.values()]
+    alike = max(longest) <= SCALES * min(longest)
+    common = tuple(max(size[axis] for size in sizes.values()) for axis in (0, 1)) if alike else None
     centres = dict(index.slides[["slide_id", "centre"]].to_numpy()) if "centre" in index.slides else {}
+    columns = min(columns, len(slide_ids))
     rows = -(-len(slide_ids) // columns)
-    side = 6.5 / columns
-    fig, axes = plt.subplots(rows, columns, figsize=(6.5, rows * (side * height / width + 0.14)), squeeze=False)
+    tall = common[1] / common[0] if common else 1
+    fig, axes = plt.subplots(rows, columns, figsize=(6.5, rows * (6.5 / columns * tall + 0.14)), squeeze=False)
+    for ax in axes.ravel():
+        ax.set_axis_off()
     for ax, name in zip(axes.ravel(), slide_ids, strict=False):
-        slide = index.slide(name)
-        thumbnail = slide.thumbnail(max(um_per_px, slide.mpp))
+        slide, (width, height) = index.slide(name), common or (max(sizes[name]),) * 2
         extent = (0, sizes[name][0], sizes[name][1], 0)
+        thumbnail = slide.thumbnail(max(MASK_UM, width / PAGE_PX, height / PAGE_PX, slide.mpp))
         ax.imshow(thumbnail, extent=extent, interpolation="antialiased")
         if masks:
             _outline(ax, index, name, extent)
         ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
         ax.set_title(f"{name}, {centres[name]}" if centres else name, fontsize=5.5, pad=1.5)
-    for ax in axes.ravel():
-        ax.set_axis_off()
-    scale_bar(axes[0, 0], 1.0, _round_mm(width))
+        if name == slide_ids[0] or not alike:
+            scale_bar(ax, 1.0, _round_mm(width))
     if masks:
         handles = [Patch(fc=fill, alpha=0.7, label=f"taken for {kind}") for kind, fill in ARTEFACT_COLOURS.items()]
         fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7)
@@ -116,9 +122,8 @@ def morphometry_figure(measures: pd.DataFrame) -> Figure:
     for ax, quantity in zip(axes, quantities, strict=True):
         for row in measures[measures["quantity"] == quantity].itertuples():
             if row.published:
-                ax.plot(
-                    [float(end) for end in row.published.split(" to ")], [at[row[1]]] * 2, color="0.8", lw=7, zorder=0
-                )
+                low, high = (float(end) for end in row.published.split(" to "))
+                ax.barh(at[row[1]], high - low, left=low, height=0.45, color="0.85", zorder=0)
             ax.plot(row.measured, at[row[1]], "o", color=CLASS_COLOURS[row[1]], ms=5)
             ax.plot(row.real, at[row[1]], "x", color="black", ms=5)
         ax.set_title(quantity.replace("um", "µm").replace("mm2", "mm²"), fontsize=8)
@@ -195,7 +200,7 @@ def _densest(mask: np.ndarray, side: float) -> np.ndarray:
     cells = min(round(side), *mask.shape)
     sums = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     held = sums[cells:, cells:] - sums[:-cells, cells:] - sums[cells:, :-cells] + sums[:-cells, :-cells]
-    best = np.argwhere(held >= 0.95 * held.max())
+    best = np.argwhere(held >= 0.99 * held.max())
     middle = (np.array(held.shape) - 1) / 2
     return best[np.abs(best - middle).sum(axis=1).argmin()][::-1].astype(float)
 
