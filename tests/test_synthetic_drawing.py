@@ -255,3 +255,11 @@ def test_small_and_empty_slides_are_drawn_too(shape):
         scene = plan(np.full(shape, value, np.uint8), 2.0, DEFAULT, 0)
         h, e = raster(scene, 0, 0, 8, 8, 0.5)
         assert np.isfinite(h + e).all()
+
+
+def test_a_nucleus_centred_on_a_pixel_is_drawn(pure):
+    scene = pure[TUMOUR]
+    for nucleus in scene.nuclei[:20]:
+        h, _ = raster(scene, nucleus["x_um"] - 20.5 * 0.25, nucleus["y_um"] - 20.5 * 0.25, 41, 41, 0.25)
+        assert np.isfinite(h).all()
+        assert h[20, 20] > 0.2

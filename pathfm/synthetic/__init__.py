@@ -39,9 +39,14 @@ __all__ = [
 
 @functools.cache
 def generator_hash() -> str:
-    """Ten hex digits of the generator's version and sources: slides of different generators are never mixed."""
+    """Ten hex digits of the generator's version and sources: slides of different generators are never mixed.
+
+    What only measures slides decides no pixel and stays out.
+    """
     digest = hashlib.sha256(GENERATOR_VERSION.encode())
     root = Path(__file__).parent
     for source in sorted(root.rglob("*.py")):
+        if source.name in ("morphometry.py", "oracles.py"):
+            continue
         digest.update(source.relative_to(root).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:10]

@@ -169,6 +169,12 @@ def _step(distance, width):
     return t * t * (3 - 2 * t)
 
 
+@njit(inline="always")
+def _slope(c1, s1, a, b):
+    """Growth per um of an ellipse's relative radius in direction (c1, s1); at its very centre there is none."""
+    return max(math.sqrt((c1 / a) ** 2 + (s1 / b) ** 2), 1 / max(a, b))
+
+
 @njit(cache=True, nogil=True)
 def stamp_bodies(h, e, rows, x0, y0, um, noise):
     """Draw BODY rows into the window's haematoxylin h and eosin e, in order."""
@@ -206,7 +212,7 @@ def stamp_bodies(h, e, rows, x0, y0, um, noise):
                 r = 1 + rough * (
                     0.5 * (k2c * c2 + k2s * s2) + 0.4 * (k3c * c3 + k3s * s3) + 0.3 * (k5c * c5 + k5s * s5)
                 )
-                slope = math.sqrt((c1 / a) ** 2 + (s1 / b) ** 2)
+                slope = _slope(c1, s1, a, b)
                 sd = (d - r) / slope
                 if sd > w + 2 * rim:
                     continue
@@ -275,7 +281,7 @@ def stamp_nuclei(h, e, rows, x0, y0, um, noise):
                 r = 1 + rough * (
                     0.5 * (k2c * c2 + k2s * s2) + 0.4 * (k3c * c3 + k3s * s3) + 0.3 * (k5c * c5 + k5s * s5)
                 )
-                sd = (d - r) / math.sqrt((c1 / a) ** 2 + (s1 / b) ** 2)
+                sd = (d - r) / _slope(c1, s1, a, b)
                 clump = look(noise, CHROMATIN, (u + shift_x) * coarse, (v + shift_y) * coarse)
                 sd += 0.16 * clump
                 if sd > w:
