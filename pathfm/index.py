@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from filelock import FileLock
+from loky import ProcessPoolExecutor
 
 from pathfm import positions, tissue
 from pathfm.cohort import TEXT, Cohort, select
@@ -222,8 +222,8 @@ def _bytes(todo: list) -> int:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes: OpenCV hangs in one that is forked, waiting for threads that stayed behind."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,))
+    """Fresh processes: OpenCV hangs in one that is forked, and a caller's script may lack a main guard."""
+    return ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,))
 
 
 def _scan_or_reason(path: str, mpp, folder: Path) -> Path | str:
