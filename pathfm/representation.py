@@ -46,10 +46,11 @@ def tiles_of(stream, n: int) -> StreamTiles:
 
 
 def groups(tiles: TileSet) -> dict[str, np.ndarray]:
-    """class, slide and centre of every tile, those of them that are known and take at least two values."""
+    """class, slide and centre of every tile, those of them that take at least two values; the slide where none does."""
     columns = {"class": "label", "slide": "slide_id", "centre": "centre"}
     found = {name: tiles.table[column].to_numpy(str) for name, column in columns.items() if column in tiles.table}
-    return {name: values for name, values in found.items() if len(np.unique(values)) > 1}
+    varying = {name: values for name, values in found.items() if len(np.unique(values)) > 1}
+    return varying or {"slide": found.get("slide", found["class"])}
 
 
 def thin(tiles: TileSet, n: int, seed: int = 0) -> TileSet:

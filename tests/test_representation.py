@@ -69,6 +69,7 @@ def test_retrieval_takes_other_patients_and_says_when_there_are_none():
 def test_groups_are_those_that_vary():
     tiles = tile_set(label=["a", "b"], slide_id=["s", "s"], centre=["x", "y"])
     assert list(representation.groups(tiles)) == ["class", "centre"]
+    assert list(representation.groups(tile_set(label=["a", "a"], slide_id=["s", "s"]))) == ["slide"]
 
 
 def test_examples_take_every_class_before_any_twice():
