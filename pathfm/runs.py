@@ -123,12 +123,14 @@ def begin(notebook: str, namespace: dict[str, Any], threads: int = 1) -> None:
 
     namespace  the notebook's globals(); a plain name holding a literal that the parameters cell does not declare
                came from `papermill -p` and is refused, since papermill would ignore it.
-    threads    of torch; one makes stored losses repeat to all shown digits and two contended ones are slower
+    threads    of torch and of linear algebra; one makes stored numbers repeat to all shown digits, and two on busy
+               cores are many times slower
     """
     import random
 
     import numpy as np
     import torch
+    from threadpoolctl import threadpool_limits
 
     from pathfm.figures import use_style
 
@@ -143,6 +145,7 @@ def begin(notebook: str, namespace: dict[str, Any], threads: int = 1) -> None:
     torch.manual_seed(0)
     if threads:
         torch.set_num_threads(threads)
+        threadpool_limits(threads)  # the BLAS under numpy, scipy and scikit-learn
     use_style()
 
 
