@@ -22,6 +22,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from scipy.stats import chi2
 
 from pathfm.errors import InputError
 from pathfm.figures import MPP_COLOURS, compact, round_length, scale_bar
@@ -281,6 +282,31 @@ def admissible(
     near, far = (_along(band, at / row.cell_px) for at in (x, x + side))
     area = (far - near).T * row.cell_px**2
     return area >= least_area(side, min_tissue), grid, side
+
+
+def centred_on_tissue(
+    index: SlideIndex, slide_id: str, exact: np.ndarray, grid: int, side: float, n: int, seed: int = 0
+):
+    """Positions (up to n, 2) as row and column of `exact` from a biased sampler: it draws a cell of the mask, centres a
+    tile on it and keeps what is admissible. To show that a test of uniformity notices.
+    """
+    mask, um_per_px = index.mask(slide_id)
+    rng = np.random.default_rng(seed)
+    cells = np.argwhere(mask)[rng.integers(mask.sum(), size=2 * n)] + rng.random((2 * n, 2))
+    yx = np.round((cells * um_per_px / index.slide(slide_id).mpp - side / 2) / grid).astype(int)
+    yx = yx[((yx >= 0) & (yx < exact.shape)).all(axis=1)]
+    return yx[exact[tuple(yx.T)]][:n]
+
+
+def uniformity(exact: np.ndarray, yx: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Chi-square of positions yx (n, 2) against uniform over `exact`, by block: a table's row, and each block's
+    residual in standard deviations, NaN where nothing is expected.
+    """
+    seen, expected = by_block(exact, yx)
+    z = (seen - expected) / np.sqrt(expected, where=expected > 0, out=np.full(expected.shape, np.nan))
+    statistic, blocks = np.nansum(z**2), np.count_nonzero(expected)
+    p = chi2.sf(statistic, blocks - 1)
+    return {"positions": exact.sum(), "tiles": len(yx), "chi-square": round(statistic), "blocks": blocks, "p": p}, z
 
 
 def by_block(exact: np.ndarray, yx: np.ndarray, blocks: int = 16) -> tuple[np.ndarray, np.ndarray]:

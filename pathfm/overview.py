@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from pathfm.cohort import Cohort
 from pathfm.figures import CLASS_COLOURS, image, scale_bar
 from pathfm.index import SlideIndex
 from pathfm.slide import Slide
+from pathfm.stream import TileStream
 from pathfm.synthetic import CLASSES, Truth
 
 ARTEFACT_COLOURS = {"pen": "#009E73", "fold": "#D55E00", "bubble": "#56B4E9", "blur": "#E6C229"}
@@ -135,6 +137,44 @@ def morphometry_figure(measures: pd.DataFrame) -> Figure:
     for ax in axes[2:]:
         ax.set_xlabel("cross: real tiles" if real else "no real tiles at hand", fontsize=7)
     return fig
+
+
+def read_around(slide: Slide, middle, side_px: int, mpp: float, shift_px: float = 0) -> np.ndarray:
+    """The square of tissue about `middle` (level-0 px), moved by `shift_px` of them: (side_px, side_px, 3) uint8."""
+    x, y = np.round(np.asarray(middle) - side_px * mpp / slide.mpp / 2) + shift_px
+    return slide.read(x, y, side_px, mpp)
+
+
+def detailed_place(index: SlideIndex, slide_id: str, mpps, tile_px: int = 256, seed: int = 0) -> np.ndarray:
+    """Middle (x, y), level-0 px, of a tile that is tissue at the coarsest of `mpps` and shows much at the finest."""
+    slide = index.slide(slide_id)
+    coarse = TileStream(index.subset([slide_id]), tile_px, max(mpps), seed=seed).names(range(32)).nlargest(12, "tissue")
+    middles = coarse[["x", "y"]].to_numpy() + tile_px * max(mpps) / slide.mpp / 2
+    return max(middles, key=lambda middle: read_around(slide, middle, tile_px, min(mpps)).std())
+
+
+def scales_figure(slide: Slide, middle, mpps, tile_px: int = 256) -> Figure:
+    """Above, tiles of the same pixels at each mpp; below, the same microns at each mpp; all about one place."""
+    fig, axes = plt.subplots(2, len(mpps), figsize=(6.5, 6.5 / len(mpps) * 2 + 0.35), squeeze=False)
+    for above, below, mpp in zip(*axes, mpps, strict=True):
+        side_px = round(tile_px * min(mpps) / mpp)
+        image(above, read_around(slide, middle, tile_px, mpp), mpp, f"{mpp:g} µm/px: {tile_px * mpp:g} µm")
+        image(below, read_around(slide, middle, side_px, mpp), mpp, f"{mpp:g} µm/px: {side_px} px")
+    return fig
+
+
+def agreement(slide: Slide, middle, mpps, tile_px: int = 256) -> pd.DataFrame:
+    """How far a square read at each coarser mpp is from the finest one averaged down, in grey levels of 255: as it
+    was read, and read one level-0 pixel to the side.
+    """
+    fine = read_around(slide, middle, tile_px, min(mpps))
+    rows = []
+    for mpp in mpps[1:]:
+        side_px = round(tile_px * min(mpps) / mpp)
+        down = cv2.resize(fine, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(float)
+        apart = [np.abs(read_around(slide, middle, side_px, mpp, shift) - down).mean() for shift in (0, 1)]
+        rows.append({"µm/px": mpp, "pixels": side_px, "mean difference": apart[0], "one pixel to the side": apart[1]})
+    return pd.DataFrame(rows)
 
 
 def draw_audit(axes, audit: dict[str, pd.DataFrame]) -> None:

@@ -130,6 +130,16 @@ def test_blocks_keep_every_tile_and_expect_what_is_uniform(index, coarse):
     assert ((expected == 0) | (expected >= 5)).all()
 
 
+def test_uniform_positions_pass_and_centred_ones_do_not(index, coarse):
+    exact, grid, side = explore.admissible(index, coarse, 128, 1.0)
+    rng = np.random.default_rng(0)
+    every = np.argwhere(exact)
+    fair, _ = explore.uniformity(exact, every[rng.integers(len(every), size=20_000)])
+    biased, z = explore.uniformity(exact, explore.centred_on_tissue(index, coarse, exact, grid, side, 20_000))
+    assert fair["p"] > 1e-6 > biased["p"]
+    assert np.nanmax(np.abs(z)) > 5
+
+
 def test_centres_are_admissible_positions_seen_from_the_middle():
     mask = np.zeros((40, 60), bool)
     mask[10:30, 20:40] = True

@@ -39,6 +39,16 @@ def test_the_densest_square_lies_within_and_holds_the_mark():
     assert mask[int(y) : int(y) + 20, int(x) : int(x) + 20].sum() >= 0.95 * mask.sum()
 
 
+def test_the_same_place_is_read_at_every_scale(index):
+    name = index.usable.query("mpp < 0.3")["slide_id"].iloc[0]
+    slide, mpps = index.slide(name), (0.25, 0.5, 1.0)
+    middle = overview.detailed_place(index, name, mpps, tile_px=128)
+    table = overview.agreement(slide, middle, mpps, tile_px=128)
+    assert (table["mean difference"] < table["one pixel to the side"]).all()
+    shapes = [ax.images[0].get_array().shape[0] for ax in overview.scales_figure(slide, middle, mpps, 128).axes]
+    assert shapes == [128, 128, 128, 128, 64, 32]
+
+
 def test_the_audit_is_drawn_with_and_without_truth(index):
     import matplotlib.pyplot as plt
 
