@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import os
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pathfm.errors import InputError, nearest
 from pathfm.storage import atomic, checkout
 
+LARGE = 400_000  # bytes of a PNG from which on it is kept in 256 colours
 # One colour a tissue class, from Okabe and Ito's and Tol's colour-blind-safe palettes, dark for what stains dark.
 CLASS_COLOURS = {
     "tumour": "#882255",
@@ -61,14 +65,25 @@ def figures_dir() -> Path:
 
 
 def save(fig: Figure, name: str, folder: str | Path | None = None, dpi: int | None = None) -> Path:
-    """Writes <folder>/<name>.svg and .png and returns the PNG's path. Same figure, same bytes."""
+    """Writes <folder>/<name>.svg and .png and returns the PNG's path. Same figure, same bytes.
+
+    Pictures of tissue are kept in 256 colours where they would be large, so that a repository can hold them.
+    """
     folder = Path(folder) if folder else figures_dir()
     # A date in the metadata would change the file at every run.
+    svg, png = io.BytesIO(), io.BytesIO()
+    fig.savefig(svg, format="svg", metadata={"Date": None}, dpi=dpi)
+    fig.savefig(png, format="png", metadata={"Software": None}, dpi=dpi)
     with atomic(folder / f"{name}.svg") as file:
-        fig.savefig(file, format="svg", metadata={"Date": None}, dpi=dpi)
+        file.write(re.sub(rb"(?<=data:image/png;base64,)[^\"]+", _smaller, svg.getvalue()))
     with atomic(folder / f"{name}.png") as file:
-        fig.savefig(file, format="png", metadata={"Software": None}, dpi=dpi)
+        file.write(png.getvalue() if len(png.getvalue()) < LARGE else compact(png.getvalue()))
     return folder / f"{name}.png"
+
+
+def _smaller(embedded: re.Match) -> bytes:
+    picture = base64.b64decode(embedded[0])
+    return base64.b64encode(picture if len(picture) < LARGE // 10 else compact(picture))
 
 
 def show(fig: Figure, name: str, dpi: int | None = None) -> None:
@@ -84,8 +99,6 @@ def show(fig: Figure, name: str, dpi: int | None = None) -> None:
 
 def compact(png: bytes) -> bytes:
     """A picture in 256 colours: for histology a third of the size, and at a notebook's size no loss to be seen."""
-    import PIL.Image
-
     with PIL.Image.open(io.BytesIO(png)) as picture:
         small = picture.convert("RGB").quantize(256)
     buffer = io.BytesIO()

@@ -1,0 +1,68 @@
+"""Figures are written twice alike, at a size a repository can hold, with a scale bar that tells the truth."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL.Image
+import pytest
+
+from pathfm import InputError, figures
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.style.context([]):
+        figures.use_style()
+        yield
+    plt.close("all")
+
+
+def noise_figure():
+    fig, ax = plt.subplots()
+    figures.image(ax, np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8), um_per_px=0.5, title="noise")
+    return fig
+
+
+def test_the_same_figure_is_the_same_bytes(tmp_path):
+    for folder in ("one", "two"):
+        figures.save(noise_figure(), "noise", tmp_path / folder)
+    for name in ("noise.svg", "noise.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_large_pictures_are_kept_small_and_still_look_the_same(tmp_path):
+    fig = noise_figure()
+    plain = io.BytesIO()
+    fig.savefig(plain, format="png")
+    path = figures.save(fig, "noise", tmp_path)
+    assert len(plain.getvalue()) > figures.LARGE
+    assert path.stat().st_size < 0.6 * len(plain.getvalue())
+    with PIL.Image.open(path) as small, PIL.Image.open(plain) as full:
+        difference = np.abs(np.asarray(small.convert("RGB"), float) - np.asarray(full.convert("RGB"), float))
+    assert difference.mean() < 16  # of 255, for noise of every colour; histology has few
+
+
+def test_figures_go_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATHFM_FIGURES", str(tmp_path / "there"))
+    figures.save(plt.figure(), "empty")
+    assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["empty.png", "empty.svg"]
+
+
+@pytest.mark.parametrize(("um", "nice"), [(1, 1), (49.9, 20), (50, 50), (999, 500), (1000, 1000), (0.3, 0.2)])
+def test_a_scale_bar_has_a_round_length(um, nice):
+    assert figures.round_length(um) == pytest.approx(nice)
+
+
+def test_a_scale_bar_is_as_long_as_it_says():
+    fig, ax = plt.subplots()
+    ax.imshow(np.zeros((100, 200, 3)))
+    figures.scale_bar(ax, um_per_px=0.5, length_um=20)
+    assert np.ptp(ax.lines[0].get_xdata()) == pytest.approx(40)
+    assert ax.texts[0].get_text() == "20 µm"
+
+
+def test_an_unknown_colour_offers_the_nearest():
+    assert figures.colour("stroma").startswith("#")
+    with pytest.raises(InputError, match="no colour is fixed for 'stromma'. Did you mean 'stroma'"):
+        figures.colour("stromma")
