@@ -40,7 +40,7 @@ class Notebook:
 
     notebook: str
     output: str
-    parameters: str = setting("{}", "as JSON, such as {\"steps\": 50}", positional=True)
+    parameters: str = setting("{}", 'as JSON, such as {"steps": 50}', positional=True)
 
     def __call__(self) -> None:
         from pathfm.runs import execute

@@ -386,9 +386,7 @@ def test_slides_of_a_patient_are_alike_and_centres_differ():
     centres = [np.mean([pink(c, 10 * c + p, 100 * c + p) for p in range(10)]) for c in range(4)]
     within = [np.std([pink(c, 10 * c + p, 100 * c + p) for p in range(10)]) for c in range(4)]
     assert np.std(centres) > np.mean(within) / 2
-    glands = [
-        [appearance.tissue(Origin(0, 0, 4, p, s), Knobs())["tumour"].gland_um for s in (0, 1)] for p in range(8)
-    ]
+    glands = [[appearance.tissue(Origin(0, 0, 4, p, s), Knobs())["tumour"].gland_um for s in (0, 1)] for p in range(8)]
     pairs = np.log(glands)
     assert np.abs(np.diff(pairs)).mean() < 2 * pairs.mean(1).std()
 

@@ -99,8 +99,7 @@ SCANNER = {
     "quality": Latent(82, 7, log=False, low=55, high=95),  # JPEG
 }
 TISSUE = {
-    f.name: Latent(f.default, *(f.metadata[key] for key in ("sd", "log", "low", "high")))
-    for f in fields(TissueParams)
+    f.name: Latent(f.default, *(f.metadata[key] for key in ("sd", "log", "low", "high"))) for f in fields(TissueParams)
 }
 VARIANTS = 40
 # What a class loses when a family of cues is off; "strong" moves it as far the other way.

@@ -218,9 +218,7 @@ def _home(name: str, seed: int, knobs: Knobs) -> Path:
     parts = [name, generator_hash()]
     if seed:
         parts.append(f"seed{seed}")
-    changed = [
-        f"{knob}={value}" for knob, value in vars(knobs).items() if value != getattr(DESIGNS[name].knobs, knob)
-    ]
+    changed = [f"{knob}={value}" for knob, value in vars(knobs).items() if value != getattr(DESIGNS[name].knobs, knob)]
     return cache_dir() / "-".join(parts + changed)
 
 

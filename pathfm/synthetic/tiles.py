@@ -123,4 +123,3 @@ def _home(cohort: Cohort, asked: tuple) -> Path:
 
     text = repr((generator_hash(), sorted(map(str, cohort.table["path"])), asked))
     return cache_dir() / f"tiles-{cohort.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-

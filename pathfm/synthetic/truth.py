@@ -84,9 +84,7 @@ class Truth:
     def _at(self, mask: np.ndarray, um_per_px: float) -> np.ndarray:
         """`mask` on a grid of `um_per_px`, by area; as large as `Slide.thumbnail(um_per_px)`."""
         spec = self.latents["spec"]
-        shape = tuple(
-            math.ceil(spec[side] * self.mpp / um_per_px - 1e-6) for side in ("height_px", "width_px")
-        )
+        shape = tuple(math.ceil(spec[side] * self.mpp / um_per_px - 1e-6) for side in ("height_px", "width_px"))
         scale = um_per_px / self.map_um
         y, x = (np.minimum(np.arange(n + 1) * scale, m) for n, m in zip(shape, mask.shape, strict=True))
         sums = _at_edges(integral(mask), y[:, None], x[None])
