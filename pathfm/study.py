@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
@@ -13,6 +14,7 @@ from pathfm.index import SlideIndex
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
 from pathfm.runs import notebooks_dir
+from pathfm.storage import cache_dir
 from pathfm.stream import TileStream
 from pathfm.synthetic import GENERATOR_VERSION, embedded, generator_hash, labelled_tiles
 from pathfm.synthetic.slides import sidecar
@@ -123,7 +125,16 @@ def pretrained(
     if settings.init == NON_HISTOLOGY:
         settings = settings.replace(init=str(non_histology(settings).teacher))
     source = stream(index(slides), settings, common_mpp)
-    return pretrain(settings, source, watched(slides, settings) if settings.watch_every else None, folder or None)
+    return _once(settings, source, watched(slides, settings) if settings.watch_every else None, folder)
+
+
+def _once(settings: PretrainConfig, source, watch=None, folder: str = "") -> Run:
+    """`pretrain`; of two notebooks that want the same cached run, one trains and the other waits for it."""
+    if folder:
+        return pretrain(settings, source, watch, folder)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir() / "pretrain.lock"):
+        return pretrain(settings, source, watch)
 
 
 def watched(slides: Cohort, settings: PretrainConfig):
@@ -142,7 +153,7 @@ def watched(slides: Cohort, settings: PretrainConfig):
 
 def non_histology(settings: PretrainConfig) -> Run:
     """The same network trained by the same method on procedural images that are no tissue: never called ImageNet."""
-    return pretrain(settings.replace(init="random", watch_every=0), DeadLeaves(settings.tile_px, settings.seed), None)
+    return _once(settings.replace(init="random", watch_every=0), DeadLeaves(settings.tile_px, settings.seed))
 
 
 def curve(run: Run) -> pd.DataFrame:
