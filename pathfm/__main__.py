@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 from pathfm.errors import InputError
 
-MPP = (0.25, 0.5, 1.0, 2.0)
-
 
 def setting(default: object, help: str, positional: bool = False) -> typing.Any:
     """A dataclass field with its one line of help; an option, or an argument that may be left out."""
@@ -114,23 +112,72 @@ class Index:
         print(index.folder)
 
 
+@dataclass(frozen=True)
+class Embed:
+    """write the frozen features of labelled tiles as <out>: x (N, D) float32, label and path of each"""
+
+    model: str
+    dataset: str
+    out: str
+    pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
+
+    def __call__(self) -> None:
+        import numpy as np
+
+        from pathfm.benchmarks import TileSet
+        from pathfm.features import extract
+        from pathfm.storage import atomic
+
+        features = extract(self.model, TileSet.from_folder(self.dataset), pool=self.pool)
+        table = features.table
+        with atomic(self.out) as file:
+            np.savez_compressed(file, x=features.x, label=table["label"].astype(str), path=table["file"].astype(str))
+        print(f"{self.out}: {features.x.shape[0]} tiles, {features.x.shape[1]} features")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """score a backbone on labelled tiles beside the floors: balanced accuracy with its interval, and a verdict"""
+
+    model: str
+    dataset: str
+    pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
+    split: str = setting("patient", "patient, tile or centre; only where the data set has no roles of its own")
+    seed: int = setting(0, "of the split")
+
+    def __call__(self) -> None:
+        from pathfm import probe
+        from pathfm.benchmarks import TileSet
+        from pathfm.export import load
+        from pathfm.features import extract
+
+        tiles = TileSet.from_folder(self.dataset)
+        if "role" not in tiles.table:
+            tiles = tiles.split(self.split, seed=self.seed)
+        features = extract(self.model, tiles, pool=self.pool)
+        floors = probe.floor_predictions(tiles, *load(self.model))
+        table = probe.scores([probe.linear(features), probe.knn(features), *floors])
+        shown = ["features", "probe", "balanced_accuracy", "low", "high", "n_tiles", "n_patients", "gain", "verdict"]
+        print(table[shown].round(3).to_string(index=False))
+
+
 def pretrain(config: typing.Any, cohort: str, folder: str) -> None:
     """pretrain a backbone with DINO from the slides of a cohort; continues a run that was interrupted"""
-    from pathfm import Cohort, SlideIndex, TileStream
-    from pathfm.pretrain import pretrain as train
+    from pathfm import Cohort, study
 
-    index = SlideIndex.build(_pretraining_slides(Cohort.read(cohort)))
-    stream = TileStream(index, tile_px=config.tile_px, mpp=config.mpp, min_tissue=config.min_tissue, seed=config.seed)
-    run = train(config, stream, folder=folder)
-    print(run.folder)
+    print(study.pretrained(Cohort.read(cohort), config, folder=folder).teacher)
 
 
-def _pretraining_slides(cohort: typing.Any) -> typing.Any:
-    # Test tissue seen in pretraining would be transductive, so roles are kept wherever a cohort has them.
-    return cohort.subset("role == 'pretrain'") if "role" in cohort.table else cohort
-
-
-VERBS = {"run": Run, "notebook": Notebook, "store": Store, "sweep": Sweep, "cohort": MakeCohort, "index": Index}
+VERBS = {
+    "run": Run,
+    "notebook": Notebook,
+    "store": Store,
+    "sweep": Sweep,
+    "cohort": MakeCohort,
+    "index": Index,
+    "embed": Embed,
+    "probe": Probe,
+}
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:

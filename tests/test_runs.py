@@ -153,7 +153,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys):
 
 
 def test_every_verb_explains_itself(capsys):
-    for verb in ("run", "notebook", "sweep", "cohort", "index", "pretrain", "store"):
+    for verb in ("run", "notebook", "sweep", "cohort", "index", "embed", "probe", "store", "pretrain"):
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])
         assert stopped.value.code == 0

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 
 from pathfm import Cohort, InputError, SlideIndex, TileSet, runs, study
+from pathfm.__main__ import main
 from pathfm.export import load
 from pathfm.features import extract
+from pathfm.synthetic import labelled_tiles
 
 TINY = {"depth": 1, "width": 32, "heads": 2, "prototypes": 32, "head_hidden": 32, "head_bottleneck": 16}
 TWO_STEPS = {**TINY, "steps": 2, "batch_size": 4, "watch_every": 0, "seed": 3}
@@ -103,3 +105,17 @@ def test_real_slides_go_from_file_to_features(real_data, tmp_path, capsys):
     assert features.x.shape == (70, 32)
     model, preprocess = load(run.teacher)
     assert np.allclose(features.x[0], model(preprocess(tiles.image(0)[None])).detach()[0], atol=1e-5)
+
+
+def test_the_command_line_pretrains_embeds_and_probes(cohort, tmp_path, capsys):
+    table = cohort.table.drop(columns="role")
+    Cohort(table, "tiny").write(tmp_path / "tiny.csv")
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**study.SMOKE, **TWO_STEPS}.items()]
+    settings = [text.replace("(1.0, 2.0)", "1,2") for text in settings]
+    assert main(["pretrain", str(tmp_path / "tiny.csv"), str(tmp_path / "run"), *settings]) == 0
+    teacher = capsys.readouterr().out.splitlines()[-1]
+    tiles = labelled_tiles(cohort, tmp_path / "tiles", tile_px=64, mpp=1.0, per_class=8)
+    assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz")]) == 0
+    assert np.load(tmp_path / "features.npz")["x"].shape[1] == TINY["width"]
+    assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz"), "--pool", "max"]) == 2
+    assert "max" in capsys.readouterr().err
