@@ -132,6 +132,18 @@ def letter(ax: Axes, name: str) -> None:
     ax.set_title(rf"$\mathbf{{{name}}}$  {ax.get_title(loc='left')}")
 
 
+def views(axes, seen, global_px: int) -> None:
+    """The first tile's views with the microns per pixel that a network sees in each; as many as there are axes.
+
+    seen  what `pathfm.augment.MultiCrop` returns
+    """
+    pictures = [*seen.global_[:, 0], *seen.local[:, 0]]
+    for ax, view, mpp in zip(axes, pictures, seen.effective_mpp[:, 0].tolist(), strict=False):
+        kind = "global" if view.shape[-1] == global_px else "local"
+        pixels = (view.permute(1, 2, 0).numpy() * 0.5 + 0.5).clip(0, 1)
+        figures.image(ax, pixels, mpp, f"{kind}\n{mpp:.2f} µm/px")
+
+
 def sampled(ax, thumbnail, um_per_px, mask, mask_um, names, tile_px: int, slide_mpp: float) -> None:
     """A slide with the outline of its foreground and the squares of tiles drawn from it, coloured by mpp.
 
@@ -187,4 +199,4 @@ def sweep_points(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str) -> Non
         ax.plot([places.index(str(v)) + shift for v in rows[x]], rows[y], "o", ms=4, label=start)
     ax.set_xticks(range(len(places)), [place.replace(",", ", ") for place in places])
     ax.set(xlabel="µm/px of the tiles", xlim=(-0.5, len(places) - 0.5))
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left")

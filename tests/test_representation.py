@@ -137,3 +137,14 @@ def test_confusion_shows_shares_of_the_truth():
     assert np.allclose(ax.images[0].get_array(), [[200 / 3, 100 / 3], [0, 100]])
     assert [text.get_text() for text in ax.texts] == ["67", "33", "100"]
     plt.close(fig)
+
+
+def test_a_sweep_shows_every_run_and_says_when_there_is_none():
+    fig, axes = plt.subplots(1, 2)
+    runs = pd.DataFrame({"mpp": ["1", "1", "0.5,1"], "init": ["random", "other", "random"], "score": [0.2, 0.3, 0.4]})
+    panels.sweep_points(axes[0], runs, x="mpp", y="score", hue="init")
+    drawn = np.concatenate([line.get_ydata() for line in axes[0].lines])
+    assert sorted(drawn) == [0.2, 0.3, 0.4]
+    panels.sweep_points(axes[1], pd.DataFrame(), x="mpp", y="score", hue="init")
+    assert "not recorded" in axes[1].texts[0].get_text()
+    plt.close(fig)
