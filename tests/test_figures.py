@@ -43,6 +43,28 @@ def test_large_pictures_are_kept_small_and_still_look_the_same(tmp_path):
     assert difference.mean() < 16  # of 255, for noise of every colour; histology has few
 
 
+def png_of(pixels):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_legend_keeps_its_colours_beside_tissue():
+    pixels = np.random.default_rng(0).normal((225, 140, 190), 25, (300, 300, 3)).clip(0, 255).astype(np.uint8)
+    legend = {"pen": (0, 158, 115), "fold": (213, 94, 0), "blur": (230, 194, 41)}
+    for row, rgb in enumerate(legend.values()):
+        pixels[10 * row : 10 * row + 6, :12] = rgb
+    with PIL.Image.open(io.BytesIO(figures.compact(png_of(pixels)))) as small:
+        kept = np.asarray(small.convert("RGB")).astype(int)
+    for row, rgb in enumerate(legend.values()):
+        assert np.abs(kept[10 * row + 3, 6] - rgb).max() < 20
+
+
+def test_what_is_transparent_stays_so():
+    pixels = np.zeros((50, 50, 4), np.uint8)
+    assert figures.compact(png_of(pixels)) == png_of(pixels)
+
+
 def test_figures_go_where_they_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATHFM_FIGURES", str(tmp_path / "there"))
     figures.save(plt.figure(), "empty")
