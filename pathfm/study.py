@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pandas as pd
 from filelock import FileLock
@@ -92,7 +94,13 @@ def tiles(slides: Cohort, dataset: str = "") -> TileSet:
     if not is_synthetic(slides) or "role" not in slides.table:
         print("The cohort has no labelled tiles; the embedded synthetic cohort's are used. Give yours as `dataset`.")
         slides = embedded()
-    return TileSet.from_folder(labelled_tiles(slides), name=f"{slides.name} tiles (synthetic)")
+    return _read(labelled_tiles(slides), f"{slides.name} tiles (synthetic)")
+
+
+@functools.cache
+def _read(folder, name: str) -> TileSet:
+    # Every image is decoded to check it: once a process is enough for tiles that we cut ourselves.
+    return TileSet.from_folder(folder, name=name)
 
 
 def config(**fields) -> PretrainConfig:
@@ -161,7 +169,8 @@ def curve(run: Run) -> pd.DataFrame:
     log = run.log
     rows = np.unique(np.linspace(0, len(log) - 1, 5).round().astype(int))
     shown = log.iloc[rows].set_index("step")
-    return shown[["loss", "teacher_entropy", "prototype_entropy", "lr", "momentum"]].round(3)
+    decimals = {"loss": 2, "teacher_entropy": 2, "prototype_entropy": 2, "lr": 5, "momentum": 3}
+    return shown[list(decimals)].round(decimals)
 
 
 def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
