@@ -1,10 +1,19 @@
 """Pictures of a cohort hold what they say, on tiny slides."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from pathfm import TileStream, overview, sampling
+from pathfm import TileStream, figures, overview, sampling
 from pathfm.synthetic import Truth
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.style.context([]):
+        figures.use_style()
+        yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +25,7 @@ def test_a_page_shows_every_slide_at_one_scale(index):
     ids = list(index.usable["slide_id"])
     fig = overview.montage(index, ids, columns=3)
     axes = [ax for ax in fig.axes if ax.images]
-    assert [ax.get_title().split(",")[0] for ax in axes] == ids
+    assert [ax.get_title(loc="left").split(",")[0] for ax in axes] == ids
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in axes}) == 1
 
 
