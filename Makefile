@@ -15,14 +15,14 @@ help:
 	@echo "make notebooks            run the notebooks and store their outputs in place (after a change)"
 	@echo "make sweep NAME=...       run the missing points of sweeps/NAME.yaml and write results/NAME.csv"
 	@echo "make lint                 check style"
-	@echo "make clean                remove .venv and runs/ (the cached cohort too)"
+	@echo "make clean                remove .venv and runs/cache (the cohort is drawn again)"
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "pathfm needs Python 3.11 or newer; '$(PYTHON)' is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; \
 	  echo "python's venv module is missing; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "installing (some minutes the first time; PyTorch is large)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -56,7 +56,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs/cache
 
 .PHONY: help setup run test nbval lab notebooks sweep lint clean
 .DEFAULT_GOAL := help

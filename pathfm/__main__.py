@@ -113,6 +113,38 @@ class Index:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """write the first tiles of a cohort's stream as PNG files, with their names in <out>/tiles.csv"""
+
+    cohort: str
+    out: str
+    n: int = setting(100, "tiles")
+    mpp: str = setting("0.5", "microns per pixel; several, such as 0.25,0.5, are drawn with equal weights")
+    tile_px: int = setting(256, "tile side in pixels")
+    min_tissue: float = setting(0.4, "least share of foreground in a tile")
+    seed: int = setting(0, "another seed, other tiles")
+
+    def __call__(self) -> None:
+        from pathlib import Path
+
+        from PIL import Image
+
+        from pathfm import Cohort, SlideIndex, TileStream, study
+        from pathfm.storage import atomic, progress
+
+        index = SlideIndex.build(Cohort.read(self.cohort))
+        stream = TileStream(index, self.tile_px, study.mpp_list(self.mpp), self.min_tissue, self.seed)
+        out, names = Path(self.out), stream.names(range(self.n))
+        names["file"] = [f"{i:07d}.png" for i in names["i"]]
+        for i in progress(range(self.n), "tiles", unit="tile"):
+            with atomic(out / names["file"][i]) as file:
+                Image.fromarray(stream[i].image).save(file, "PNG")
+        with atomic(out / "tiles.csv", "w") as file:
+            names.to_csv(file, index=False)
+        print(out / "tiles.csv")
+
+
+@dataclass(frozen=True)
 class Embed:
     """write the frozen features of labelled tiles as <out>: x (N, D) float32, label and path of each"""
 
@@ -175,6 +207,7 @@ VERBS = {
     "sweep": Sweep,
     "cohort": MakeCohort,
     "index": Index,
+    "tiles": Tiles,
     "embed": Embed,
     "probe": Probe,
 }

@@ -142,7 +142,8 @@ def _checked(table: pd.DataFrame, source: str) -> pd.DataFrame:
     missing = [column for column in REQUIRED if column not in table]
     if missing:
         raise InputError(
-            f"{source} has no column '{missing[0]}'; found: {', '.join(map(str, table.columns)) or 'none'}"
+            f"{source} has no column '{missing[0]}'; rename one or add it. "
+            f"Found: {', '.join(map(str, table.columns)) or 'none'}"
         )
     if table.empty:
         raise InputError(f"{source} lists no slides")

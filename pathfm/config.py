@@ -123,7 +123,7 @@ class PretrainConfig:
 
 # Proves the machinery on one CPU core in some ten seconds; every value [ours]. At 1 and 2 mpp, because 224 px tiles
 # at 0.5 mpp seen at 64 px are 1.75 mpp. float32, so that another machine prints the same rounded losses. The rate
-# suits some 50 steps; over hundreds the teacher drifts to no opinion (entropy log K), and 2e-3 keeps it from that.
+# suits some 50 steps; over hundreds the teacher drifts to no opinion (entropy log K), and 2e-3 delays that.
 SMOKE: dict[str, Any] = {
     "mpp": (1.0, 2.0),
     "tile_px": 72,

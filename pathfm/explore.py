@@ -15,17 +15,15 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from scipy.stats import chi2
 
 from pathfm.errors import InputError
-from pathfm.figures import MPP_COLOURS, compact, round_length, scale_bar
+from pathfm.figures import compact, mpp_colour, round_length, scale_bar
 from pathfm.index import SlideIndex
 from pathfm.positions import count, integral, least_area, span
 from pathfm.sampling import footprint
@@ -323,14 +321,6 @@ def by_block(exact: np.ndarray, yx: np.ndarray, blocks: int = 16) -> tuple[np.nd
         counts[fullest] += counts[rare].sum()
         counts[rare] = 0
     return seen, expected
-
-
-def mpp_colour(mpp: float) -> str:
-    """The fixed colour of the nearest standard mpp within a tenth, else one by its logarithm."""
-    nearest = min(MPP_COLOURS, key=lambda known: abs(np.log(known / mpp)))
-    if abs(np.log(nearest / mpp)) < 0.1:
-        return MPP_COLOURS[nearest]
-    return to_hex(colormaps["viridis"](np.clip((np.log2(mpp) + 3) / 6, 0, 1)))
 
 
 def _along(sums: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -10,8 +10,11 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import PIL.Image
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from pathfm.errors import InputError, nearest
@@ -50,6 +53,14 @@ def colour(name: str) -> str:
     if name not in PALETTE:
         raise InputError(f"no colour is fixed for '{name}'.{nearest(name, PALETTE)}")
     return PALETTE[name]
+
+
+def mpp_colour(mpp: float) -> str:
+    """The fixed colour of the nearest standard mpp within a tenth, else one by its logarithm."""
+    nearest = min(MPP_COLOURS, key=lambda known: abs(np.log(known / mpp)))
+    if abs(np.log(nearest / mpp)) < 0.1:
+        return MPP_COLOURS[nearest]
+    return to_hex(colormaps["viridis"](np.clip((np.log2(mpp) + 3) / 6, 0, 1)))
 
 
 def use_style() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pathfm.storage import atomic
+from pathfm.storage import atomic, explained
 
 
 class Logbook:
@@ -23,16 +23,17 @@ class Logbook:
         self._empty = not kept
 
     def add(self, row: dict[str, float]) -> None:
-        """Appends a row; floats are written so that they read back to the same bits."""
-        if self._empty:
-            self._file.write(",".join(row) + "\n")
-            self._empty = False
-        self._file.write(",".join(map(repr, row.values())) + "\n")
-        self._file.flush()
+        """Appends a row; floats read back to the same bits. Raises InputError where the disk is full."""
+        header = ",".join(row) + "\n" if self._empty else ""
+        with explained(self.path):
+            self._file.write(header + ",".join(map(repr, row.values())) + "\n")
+            self._file.flush()
+        self._empty = False
 
     def settle(self) -> None:
         """The rows so far are on the disk: a checkpoint may count on them."""
-        os.fsync(self._file.fileno())
+        with explained(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -157,11 +157,7 @@ def sampled(ax, thumbnail, um_per_px, mask, mask_um, names, tile_px: int, slide_
     for tile in names.itertuples():
         side = tile_px * tile.mpp / um_per_px
         corner = np.array([tile.x, tile.y]) * slide_mpp / um_per_px - 0.5
-        ax.add_patch(plt.Rectangle(corner, side, side, fill=False, lw=1.1, ec=_mpp_colour(tile.mpp)))
-
-
-def _mpp_colour(mpp: float) -> str:
-    return figures.MPP_COLOURS[min(figures.MPP_COLOURS, key=lambda known: abs(np.log(known / mpp)))]
+        ax.add_patch(plt.Rectangle(corner, side, side, fill=False, lw=1.1, ec=figures.mpp_colour(tile.mpp)))
 
 
 def nested(ax: Axes, tiles: dict[float, np.ndarray]) -> None:
@@ -176,12 +172,14 @@ def nested(ax: Axes, tiles: dict[float, np.ndarray]) -> None:
         figures.image(inset, tiles[mpp], mpp)
         inset.set_axis_on()
         inset.set(xticks=[], yticks=[])
-        inset.spines[:].set(visible=True, color=_mpp_colour(mpp), linewidth=2)
+        inset.spines[:].set(visible=True, color=figures.mpp_colour(mpp), linewidth=2)
         if place:
             side = tiles[mpp].shape[0]
             inner = side * order[place - 1] / mpp
             corner = [(side - inner) / 2] * 2
-            inset.add_patch(plt.Rectangle(corner, inner, inner, fill=False, lw=1.2, ec=_mpp_colour(order[place - 1])))
+            inset.add_patch(
+                plt.Rectangle(corner, inner, inner, fill=False, lw=1.2, ec=figures.mpp_colour(order[place - 1]))
+            )
         inset.text(0.96, 0.95, f"{mpp:g}", transform=inset.transAxes, ha="right", va="top", bbox=LABEL)
 
 

@@ -52,6 +52,11 @@ class Run:
         """config, stream, init, device, precision, attention, scales, and a session for every start of the run."""
         return read_json(self.folder / "params.json")
 
+    @property
+    def config(self) -> PretrainConfig:
+        """What the run was told."""
+        return PretrainConfig.of(**self.params["config"])
+
     @cached_property
     def log(self) -> pd.DataFrame:
         """A row a step: loss, rates, entropies, mpp of the views (log.csv), tiles_per_s and data wait (speed.csv)."""
@@ -86,7 +91,7 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
     _check_stream(config, stream)
     _check_sides(stream, validation)
     tiles = first_tiles(stream)
-    folder = Path(folder) if folder else _cached(config, tiles)
+    folder = Path(folder) if folder else _cached(config, tiles, stream[0].image)
     with _alone(folder), _settings(config):
         training = Training(config, tiles, folder)
         if training.step < config.steps or not (folder / "teacher" / "config.json").exists():
@@ -155,7 +160,7 @@ class Training:
             self.model.teacher.backbone,
             folder / "teacher",
             {
-                "Recipe": dataclasses.asdict(config),
+                "Recipe": {**dataclasses.asdict(config), "init": params["init"]},
                 "Start": params["init"],
                 "Tiles": params["stream"],
                 "Provenance": params["sessions"],
@@ -265,7 +270,7 @@ class Training:
     def _describe(self, stream: Any) -> None:
         """params.json: what was asked for, what was chosen, and where and when each session of the run began."""
         path = self.folder / "params.json"
-        before = read_json(path)["sessions"] if self.step and path.exists() else []
+        before = read_json(path).get("sessions", []) if self.step and path.exists() else []
         write_json(
             path,
             {
@@ -379,10 +384,14 @@ def _told(stream: Any) -> dict[str, Any]:
     return told
 
 
-def _cached(config: PretrainConfig, tiles: list) -> Path:
+def _cached(config: PretrainConfig, tiles: list, pixels: np.ndarray) -> Path:
+    """The folder of a run by all that decides its numbers: settings, names and pixels of its first tiles, code."""
+    from pathfm.runs import code_hash
+
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    mark = hashlib.sha256(json.dumps([settings, tiles]).encode()).hexdigest()[:12]
-    return cache_dir() / "pretrain" / mark
+    mark = hashlib.sha256(json.dumps([settings, tiles, code_hash()]).encode())
+    mark.update(pixels.tobytes())
+    return cache_dir() / "pretrain" / mark.hexdigest()[:12]
 
 
 def _provenance() -> dict[str, Any]:

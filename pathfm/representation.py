@@ -133,11 +133,3 @@ def token_colours(tokens: np.ndarray) -> tuple[np.ndarray, float]:
     low, high = np.percentile(found, [2, 98], axis=0)
     colours = ((found - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     return colours.reshape(*tokens.shape[:3], 3), float((sigma[:3] ** 2).sum() / (sigma**2).sum())
-
-
-def positions_um(tiles: TileSet) -> np.ndarray | None:
-    """(N, 2) upper-left corners in um of each tile's slide, or None where the table does not hold them."""
-    table = tiles.table
-    if not {"x", "y", "slide_mpp"} <= set(table):
-        return None
-    return table[["x", "y"]].to_numpy(float) * table[["slide_mpp"]].to_numpy(float)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -36,17 +38,26 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short commit of the checkout, with '+' when tracked files differ from it; 'unknown' without git."""
+    """The short commit of the checkout, with '+' when pathfm/ or sweeps/ differ from it; 'unknown' without git."""
     root = checkout()
     if root is None:
         return "unknown"
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "pathfm"], capture_output=True)
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "pathfm", "sweeps"], capture_output=True)
     except OSError:
         return "unknown"
     return head.stdout.strip() + "+" * (dirty.returncode != 0) if head.returncode == 0 else "unknown"
+
+
+@functools.cache
+def code_hash() -> str:
+    """Ten hex digits of the package's sources as this process started: what was cached by other code is not reused."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def device_name() -> str:
@@ -139,7 +150,10 @@ def begin(notebook: str, namespace: dict[str, Any], threads: int = 1) -> None:
         for name, value in namespace.items()
         if not name.startswith("_") and type(value) in (bool, int, float, str, list, dict) and name not in ("In", "Out")
     }
+    if "_begun" in namespace:  # run again in a live kernel, where the notebook's own variables are about
+        given = {name: value for name, value in given.items() if name in declared_parameters(notebook)}
     check_parameters(notebook, given)
+    namespace["_begun"] = True
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002, umap and others still read the global generator
     torch.manual_seed(0)
@@ -257,11 +271,7 @@ def record(folder: str | Path, **metrics: Scalar) -> None:
 
 
 def write_results(name: str, table) -> Path:
-    """`table` with its provenance columns as results/<name>.csv, whole or not at all."""
-    facts = provenance()
-    table = table.assign(
-        commit=facts["commit"], date=facts["date"], device=facts["device"], generator=facts["generator"]
-    )
+    """A sweep's table, each row with its own provenance, as results/<name>.csv, whole or not at all."""
     path = notebooks_dir().parent / "results" / f"{name}.csv"
     with atomic(path, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")

@@ -39,13 +39,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # The suffix stays last: writers such as tifffile and imageio go by it.
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise _explained(error, path) from error
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -58,12 +57,19 @@ def atomic(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         yield file
 
 
-def _explained(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"no space left while writing {path}; free some and run again (nothing half-written is left)")
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written")
-    return error
+@contextlib.contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"no space left while writing {path}; free some and run again (nothing half-written is left)"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> None:

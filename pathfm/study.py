@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +20,7 @@ from pathfm.errors import InputError
 from pathfm.index import SlideIndex
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
-from pathfm.runs import notebooks_dir
+from pathfm.runs import code_hash, notebooks_dir
 from pathfm.storage import cache_dir
 from pathfm.stream import TileStream
 from pathfm.synthetic import GENERATOR_VERSION, embedded, generator_hash, labelled_tiles
@@ -47,8 +52,11 @@ def of_role(slides: SlideIndex, role: str) -> SlideIndex | None:
     return slides.subset(list(chosen)) if len(chosen) else None
 
 
-def stream(slides: SlideIndex, config: PretrainConfig, common_mpp: bool = False) -> TileStream:
+def stream(slides: SlideIndex, config: PretrainConfig, common: str = "") -> TileStream:
     """The tiles of a pretraining run: from slides whose role is pretrain, at every mpp of `config` that one can serve.
+
+    common  keeps only slides that serve each of these mpp, such as "0.5,1,2", whether this run draws them or not:
+            the arms of an ablation on magnification then see the same slides
 
     Says which mpp no slide serves, and that a cohort without roles pretrains on all of its slides.
     """
@@ -65,14 +73,10 @@ def stream(slides: SlideIndex, config: PretrainConfig, common_mpp: bool = False)
             f"no slide serves any of {', '.join(f'{m:g}' for m in config.mpp)} mpp with {config.tile_px} px tiles "
             f"of {config.min_tissue:.0%} tissue; ask for an mpp between the slides' own and their size"
         )
-    return TileStream(
-        chosen,
-        tile_px=config.tile_px,
-        mpp=mpp,
-        min_tissue=config.min_tissue,
-        seed=config.seed,
-        common_mpp=common_mpp,
-    )
+    if common:
+        serving = TileStream(chosen, config.tile_px, mpp_list(common), config.min_tissue, common_mpp=True)
+        chosen = chosen.subset(list(serving.slides["slide_id"]))
+    return TileStream(chosen, config.tile_px, mpp, config.min_tissue, config.seed)
 
 
 def servable(slides: SlideIndex, config: PretrainConfig) -> tuple[float, ...]:
@@ -122,27 +126,34 @@ def mpp_list(text: str) -> tuple[float, ...]:
 
 
 def pretrained(
-    slides: Cohort, settings: PretrainConfig | None = None, common_mpp: bool = False, folder: str = "", **fields
+    slides: Cohort, settings: PretrainConfig | None = None, common: str = "", folder: str = "", **fields
 ) -> Run:
     """The run of a configuration on a cohort, trained where the cache does not hold it, with watches where it can.
 
     settings    the smoke configuration where None, with `fields` replaced
+    common      as in `stream`
     folder      of the run; the cache, by configuration and tiles, where empty
     """
     settings = settings or config(**fields)
     if settings.init == NON_HISTOLOGY:
         settings = settings.replace(init=str(non_histology(settings).teacher))
-    source = stream(index(slides), settings, common_mpp)
+    source = stream(index(slides), settings, common)
     return _once(settings, source, watched(slides, settings) if settings.watch_every else None, folder)
 
 
-def _once(settings: PretrainConfig, source, watch=None, folder: str = "") -> Run:
+def finished(folder: str | Path) -> Run:
+    """The run in a folder. Raises InputError where none was finished there."""
+    if not (Path(folder) / "teacher" / "config.json").is_file():
+        raise InputError(f"{folder} holds no finished run; give the folder that `pathfm pretrain` wrote to")
+    return Run(Path(folder))
+
+
+def _once(settings: PretrainConfig, source, watch=None, folder: str | Path = "") -> Run:
     """`pretrain`; of two notebooks that want the same cached run, one trains and the other waits for it."""
-    if folder:
-        return pretrain(settings, source, watch, folder)
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir() / "pretrain.lock"):
-        return pretrain(settings, source, watch)
+    lock = FileLock(cache_dir() / "pretrain.lock")
+    with lock if not folder or Path(folder).parent == cache_dir() else contextlib.nullcontext():
+        return pretrain(settings, source, watch, folder or None)
 
 
 def watched(slides: Cohort, settings: PretrainConfig):
@@ -156,12 +167,15 @@ def watched(slides: Cohort, settings: PretrainConfig):
     if chosen is None or not servable(chosen, settings):
         print("No labelled tiles and no slides of role 'validate': the run is not watched on validation tiles.")
         return None
-    return TileStream(chosen, tile_px=settings.tile_px, mpp=servable(chosen, settings), seed=settings.seed + 1)
+    return TileStream(chosen, settings.tile_px, servable(chosen, settings), settings.min_tissue, settings.seed + 1)
 
 
 def non_histology(settings: PretrainConfig) -> Run:
     """The same network trained by the same method on procedural images that are no tissue: never called ImageNet."""
-    return _once(settings.replace(init="random", watch_every=0), DeadLeaves(settings.tile_px, settings.seed))
+    settings = settings.replace(init="random", watch_every=0)
+    mark = hashlib.sha256(json.dumps([dataclasses.asdict(settings), code_hash()]).encode()).hexdigest()[:12]
+    # The folder's name is what the record of a run that starts here will say.
+    return _once(settings, DeadLeaves(settings.tile_px, settings.seed), folder=cache_dir() / f"non-histology-{mark}")
 
 
 def curve(run: Run) -> pd.DataFrame:
@@ -176,8 +190,6 @@ def curve(run: Run) -> pd.DataFrame:
 def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
     """The grid of a sweep without the mpp that the cohort cannot serve; says what is left out."""
     grid = dict(spec["grid"])
-    if "mpp" not in grid:
-        return grid
     pretraining = of_role(index(slides), "pretrain")
     asked = sorted({mpp for mixture in grid["mpp"] for mpp in mpp_list(mixture)})
     there = servable(pretraining, config(mpp=tuple(asked)))

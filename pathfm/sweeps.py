@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pathfm.errors import InputError, nearest
-from pathfm.runs import Scalar, check_parameters, declared_parameters, notebooks_dir, record
+from pathfm.runs import Scalar, check_parameters, code_hash, notebook_path, notebooks_dir, provenance, record
 from pathfm.storage import progress, read_json, write_json
 
 
@@ -47,12 +47,12 @@ def sweep(
 ):
     """Runs the missing points of a sweep and returns one row a point: grid values, metrics, seconds.
 
-    folder    holds one run folder a point (params.json, metrics.json, notebook.ipynb); runs/sweeps/<name> where None
+    folder    holds one run folder a point (point.json, metrics.json, notebook.ipynb); runs/sweeps/<name> where None
     workers   points at a time, one thread each; the number of cores where None
     grid      replaces the file's grid, such as one without the mpp that a cohort cannot serve
     override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
 
-    A point is finished when its metrics are there; a killed sweep goes on where it stopped. A failing point does
+    A point is finished when its notebook ran to the end; a killed sweep goes on where it stopped. A failing point does
     not stop the others and is raised at the end. Raises InputError for a parameter the notebook does not declare.
     """
     import pandas as pd
@@ -65,7 +65,7 @@ def sweep(
         check_parameters(spec["notebook"], {**base, **point})
     root = Path(folder) if folder else notebooks_dir().parent / "runs" / "sweeps" / spec["name"]
     folders = [root / _identity(spec["notebook"], {**base, **point}) for point in points]
-    missing = [pair for pair in zip(points, folders, strict=True) if not (pair[1] / "metrics.json").exists()]
+    missing = [pair for pair in zip(points, folders, strict=True) if not _finished(pair[1])]
     failures = _run_points(spec["notebook"], base, missing, workers)
     if failures:
         raise InputError(f"{len(failures)} of {len(points)} points stopped:\n  " + "\n  ".join(failures))
@@ -90,7 +90,7 @@ def _run_points(notebook: str, base: dict, points: list[tuple[dict, Path]], work
 def _run_point(notebook: str, parameters: dict, folder: Path) -> str:
     """Runs one point in a process; returns what went wrong, or an empty string."""
     parameters = {**parameters, "run": str(folder)}
-    write_json(folder / "params.json", parameters)
+    write_json(folder / "point.json", parameters)
     command = [sys.executable, "-m", "pathfm", "notebook", str(notebook), str(folder / "notebook.ipynb")]
     env = {
         **os.environ,
@@ -104,15 +104,22 @@ def _run_point(notebook: str, parameters: dict, folder: Path) -> str:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
     if not (folder / "metrics.json").exists():
         return f"{notebook} recorded no metrics"
-    record(folder, seconds=round(time.monotonic() - start, 1))
+    facts = provenance()
+    stamp = {name: facts[name] for name in ("commit", "date", "device", "generator")}
+    record(folder, seconds=round(time.monotonic() - start, 1), **stamp)
     return ""
 
 
+def _finished(folder: Path) -> bool:
+    # The notebook writes metrics before its last cell; the seconds are added when all of it ran.
+    return (folder / "metrics.json").exists() and "seconds" in read_json(folder / "metrics.json")
+
+
 def _identity(notebook: str, parameters: dict) -> str:
-    """A folder name from all parameters and from the code that reads them, so that a stale result is never reused."""
+    """A folder name from all parameters and the code behind a point, so that a stale result is never reused."""
     from pathfm.synthetic import generator_hash
 
-    code = hashlib.sha256(json.dumps(declared_parameters(notebook), sort_keys=True).encode())
-    code.update(json.dumps(parameters, sort_keys=True).encode())
-    code.update(generator_hash().encode())
-    return code.hexdigest()[:12]
+    cells = read_json(notebook_path(notebook))["cells"]
+    source = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    parts = [source, parameters, code_hash(), generator_hash()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

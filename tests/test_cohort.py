@@ -100,8 +100,8 @@ def test_subsets(table):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("slide,path\na,a.svs\n", "no column 'slide_id'; found: slide, path"),
-        ("slide_id,file\na,a.svs\n", "no column 'path'; found: slide_id, file"),
+        ("slide,path\na,a.svs\n", "no column 'slide_id'; rename one or add it. Found: slide, path"),
+        ("slide_id,file\na,a.svs\n", "no column 'path'; rename one or add it. Found: slide_id, file"),
         ("slide_id,path\na,a.svs\nb,b.svs\na,c.svs\n", "slide_id 'a' more than once"),
         ("slide_id,path\n", "lists no slides"),
         ("", "is empty"),

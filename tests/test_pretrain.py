@@ -497,3 +497,10 @@ def test_a_watch_changes_nothing_and_knows_collapse(tmp_path):
 def test_smoke_is_small():
     config = PretrainConfig.of(**SMOKE)
     assert config.steps * config.batch_size <= 1000 and config.precision == "float32" and config.init == "random"
+
+
+def test_a_full_disk_in_the_log_is_explained():
+    book = Logbook.__new__(Logbook)
+    book.path, book._file, book._empty = Path("/dev/full"), open("/dev/full", "w"), True
+    with pytest.raises(InputError, match="no space left while writing /dev/full"):
+        book.add({"step": 1, "loss": 0.5})

@@ -125,10 +125,9 @@ def test_tiles_of_a_stream_are_its_tiles(stream):
 
 def test_positions_are_microns_whatever_the_slides_own_resolution(stream):
     tiles = representation.tiles_of(stream, 8)
-    where = representation.positions_um(tiles)
     assert tiles.table["slide_mpp"].nunique() == 2
-    assert where.min() >= 0 and where.max() < 600
-    assert representation.positions_um(tile_set(label=["a", "b"])) is None
+    assert tiles.xy_um.min() >= 0 and tiles.xy_um.max() < 600
+    assert tile_set(label=["a", "b"]).xy_um is None
 
 
 def test_confusion_shows_shares_of_the_truth():

@@ -87,15 +87,45 @@ def test_a_sweep_runs_its_grid_once_and_resumes(tmp_path):
     book = write_notebook(tmp_path / "toy.ipynb", record)
     spec = sweep_file(tmp_path, book, {"steps": [1, 2]})
     table = sweeps.sweep(spec, tmp_path / "points", workers=1)
-    pd.testing.assert_frame_equal(table.drop(columns="seconds"), pd.DataFrame({"steps": [1, 2], "score": [0.25, 0.5]}))
+    pd.testing.assert_frame_equal(table[["steps", "score"]], pd.DataFrame({"steps": [1, 2], "score": [0.25, 0.5]}))
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "points").glob("*/metrics.json")}
     assert len(made) == 2
     next(iter(made)).unlink()
     again = sweeps.sweep(spec, tmp_path / "points", workers=1)
-    pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(table[["steps", "score"]], again[["steps", "score"]])
     kept = [p for p, when in made.items() if p.stat().st_mtime_ns == when]
     assert len(kept) == 1, "only the missing point ran again"
-    assert {"params.json", "notebook.ipynb"} <= {p.name for p in kept[0].parent.iterdir()}
+    assert {"point.json", "notebook.ipynb"} <= {p.name for p in kept[0].parent.iterdir()}
+
+
+def test_a_point_whose_notebook_stopped_after_its_metrics_runs_again(tmp_path):
+    cells = [
+        "from pathfm import runs; runs.record(run, score=1)",
+        "import pathlib; assert pathlib.Path(r'{}').exists()",
+    ]
+    flag = tmp_path / "flag"
+    book = write_notebook(tmp_path / "toy.ipynb", cells[0], cells[1].format(flag))
+    spec = sweep_file(tmp_path, book, {"steps": [1]})
+    with pytest.raises(InputError, match="1 of 1 points stopped"):
+        sweeps.sweep(spec, tmp_path / "points", workers=1)
+    flag.touch()
+    assert sweeps.sweep(spec, tmp_path / "points", workers=1)["commit"].notna().all()
+
+
+def test_a_changed_notebook_is_another_point(tmp_path):
+    first = write_notebook(tmp_path / "toy.ipynb", "1")
+    name = sweeps._identity(str(first), {"steps": 1})
+    assert sweeps._identity(str(first), {"steps": 1}) == name
+    write_notebook(tmp_path / "toy.ipynb", "2")
+    assert sweeps._identity(str(first), {"steps": 1}) != name
+
+
+def test_cells_may_be_run_again_in_a_live_kernel(book):
+    namespace = {"steps": 3, "rate": 0.5, "run": ""}
+    runs.begin(str(book), namespace)
+    runs.begin(str(book), {**namespace, "seen": 12, "steps": 5})
+    with pytest.raises(InputError, match="no parameter 'seen'"):
+        runs.begin(str(book), {"seen": 12})
 
 
 def test_a_sweep_refuses_a_parameter_that_the_notebook_lacks(tmp_path):

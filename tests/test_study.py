@@ -50,6 +50,14 @@ def test_an_mpp_that_no_slide_serves_is_said_and_left_out(index, capsys):
     assert "No slide serves 400 mpp" in capsys.readouterr().out
 
 
+def test_arms_of_an_ablation_see_the_same_slides(index):
+    free = study.stream(with_roles(index), study.config(mpp="1"))
+    shared = study.stream(with_roles(index), study.config(mpp="1"), common="0.25,1")
+    fine = set(index.slides.query("mpp < 0.3")["slide_id"])
+    assert fine < set(free.slides["slide_id"])
+    assert set(shared.slides["slide_id"]) == fine
+
+
 def test_no_mpp_at_all_is_an_error_that_says_what_to_ask_for(index):
     with pytest.raises(InputError, match="no slide serves any of 400 mpp"):
         study.stream(with_roles(index), study.config(mpp="400"))
@@ -72,8 +80,17 @@ def test_non_histology_start_is_trained_without_slides_and_named_as_what_it_is(c
     slides = Cohort(cohort.table.drop(columns="role"), "no-roles")
     run = study.pretrained(slides, mpp="1", init=study.NON_HISTOLOGY, **TWO_STEPS)
     start = study.non_histology(study.config(mpp="1", init=study.NON_HISTOLOGY, **TWO_STEPS))
+    assert "non-histology" in start.folder.name
     assert start.folder.name in run.params["init"]
+    assert str(start.folder) not in (run.teacher / "README.md").read_text(), "no path of this machine leaves"
     assert {tile[0] for tile in start.params["stream"]["first_tiles"]} == {"dead-leaves"}
+
+
+def test_a_finished_run_is_read_back_and_an_unfinished_one_refused(cohort, tmp_path):
+    run = study.pretrained(Cohort(cohort.table.drop(columns="role"), "no-roles"), mpp="1", **TWO_STEPS)
+    assert study.finished(run.folder).config == run.config
+    with pytest.raises(InputError, match="holds no finished run"):
+        study.finished(tmp_path)
 
 
 def test_recorded_rows_of_another_generator_are_refused(monkeypatch, tmp_path, capsys):
@@ -117,5 +134,7 @@ def test_the_command_line_pretrains_embeds_and_probes(cohort, tmp_path, capsys):
     tiles = labelled_tiles(cohort, tmp_path / "tiles", tile_px=64, mpp=1.0, per_class=8)
     assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz")]) == 0
     assert np.load(tmp_path / "features.npz")["x"].shape[1] == TINY["width"]
+    assert main(["tiles", str(tmp_path / "tiny.csv"), str(tmp_path / "png"), "--n=3", "--mpp=1", "--tile-px=64"]) == 0
+    assert len(pd.read_csv(tmp_path / "png" / "tiles.csv")) == len(list((tmp_path / "png").glob("*.png"))) == 3
     assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz"), "--pool", "max"]) == 2
     assert "max" in capsys.readouterr().err
