@@ -75,3 +75,9 @@ def test_every_import_is_listed():
     unlisted = {m for m in outside if not {canonicalize_name(d) for d in distributions.get(m, [m])} & listed}
     # pytest brings packaging, jupyterlab brings these three.
     assert unlisted <= {"packaging", "IPython", "nbformat", "nbclient", "ipykernel"}
+
+
+def test_the_readme_names_every_notebook_with_its_run_time():
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        assert re.search(rf"\[{path.stem}\]\(notebooks/{path.name}\) \| .+ \| \d+ s \|", readme), path.stem
