@@ -22,6 +22,19 @@ def index(cohort, tmp_path_factory):
     return SlideIndex.build(cohort, tmp_path_factory.mktemp("index"), workers=0)
 
 
+@pytest.fixture
+def style():
+    """The project's figure style for one test, whatever another has set."""
+    import matplotlib.pyplot as plt
+
+    from pathfm import figures
+
+    with plt.style.context([]):
+        figures.use_style()
+        yield
+    plt.close("all")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real slides and tiles; skips where it is missing, fails there under CI=true."""

@@ -9,13 +9,7 @@ import pytest
 
 from pathfm import InputError, figures
 
-
-@pytest.fixture(autouse=True)
-def style():
-    with plt.style.context([]):
-        figures.use_style()
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("style")
 
 
 def noise_figure():

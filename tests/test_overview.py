@@ -4,16 +4,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from pathfm import TileStream, figures, overview, sampling
+from pathfm import TileStream, overview, sampling
 from pathfm.synthetic import Truth
 
-
-@pytest.fixture(autouse=True)
-def style():
-    with plt.style.context([]):
-        figures.use_style()
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("style")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,6 @@ def test_the_same_place_is_read_at_every_scale(index):
 
 
 def test_the_audit_is_drawn_with_and_without_truth(index):
-    import matplotlib.pyplot as plt
 
     audit = sampling.audit(TileStream(index, 128, 0.5), range(64))
     for tables in (audit, {name: table for name, table in audit.items() if name != "class"}):
