@@ -119,7 +119,8 @@ class Slide:
         """A square of side_px pixels at `mpp`, its upper-left corner at (x, y): (side_px, side_px, 3) uint8.
 
         x, y     level-0 pixels; the corner of a pixel, so that x=0 is the slide's edge at every mpp
-        mpp      microns per pixel; `plan(mpp).mpp` says the true value where a level within 1 % passes through
+        mpp      microns per pixel; `plan(mpp).mpp` says the true value where a level passes through:
+                 one at a whole multiple of level 0 within 1 % of it
 
         Outside the slide is white. Off the plan's grid a level that would pass through is shifted by
         interpolation at its own mpp.
