@@ -17,7 +17,7 @@ from pathfm.synthetic.slides import render
 from pathfm.synthetic.tiles import labelled_tiles
 from pathfm.synthetic.truth import Truth
 
-GENERATOR_VERSION = "1"
+GENERATOR_VERSION = "2"
 
 __all__ = [
     "CLASSES",

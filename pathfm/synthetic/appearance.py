@@ -6,7 +6,7 @@ positive ones). `strength` is what a knob sets: 0 off, 1 default, 2 strong. SHAR
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Knobs:
     variants: str = "default"  # one of 40 morphological variants per patient and class, Zipf frequencies
     fine_cues: str = "default"  # what tells classes apart below 2 um: chromatin, nucleoli, outline
     coarse_cues: str = "default"  # what tells classes apart above 50 um: glands, fascicles
-    proportions: str = "off"  # class proportions that differ between centres
+    proportions: str = "off"  # class proportions that differ between centres, by a factor of 1.5 or, strong, 2.2
     artefacts: str = "default"  # pen, folds, bubbles, blur: on none, two in five or four in five slides
     scanner_share: float = 0.5  # of the centre effect's variance: 0 all stain, 1 all scanner
 
@@ -107,6 +107,35 @@ _NEUTRAL = {
     "fine_cues": {"chromatin": 0.0, "nucleoli": 0.0, "outline": 0.0},
     "coarse_cues": {"gland_form": 0.0, "cribriform": 0.0, "fibre_wave": 0.0, "follicles": 0.0, "ghosts": 0.0},
 }
+
+
+@dataclass(frozen=True)
+class Mimic:
+    """A class that on some patients is drawn like another, but for the cues of one family.
+
+    `painted_as` draws it with its own parameters, so that nothing else can tell the two; with the knob `family` off
+    nothing at all does.
+    """
+
+    name: str
+    painted_as: str
+    family: str  # the knob: "fine_cues" (below 2 um) or "coarse_cues" (above 50 um)
+    variants: tuple[int, int]  # n, k: the variants v of `name` with v % n == k show it
+    own: dict[str, float]  # added to the painter's parameters, times the knob's strength
+    both: dict[str, float] = field(default_factory=dict)  # that patient's parameters of both classes
+
+
+# The confusable pairs: two by what fills the nuclei, two by architecture. How strong the cues are is ours.
+MIMICS = (
+    # Well differentiated: crypts and goblet cells, but coarse chromatin, nucleoli and uneven outlines.
+    Mimic("tumour", "normal", "fine_cues", (6, 3), {"chromatin": 1.0, "nucleoli": 3.0, "outline": 1.5}),
+    # Small cells in sheets like lymphocytes, but smooth chromatin and moulded outlines.
+    Mimic("tumour", "lymphocytes", "fine_cues", (6, 5), {"chromatin": -0.6, "outline": 1.0}, {"follicles": 0.0}),
+    # Bland cells: those of crypts, but glands back to back and cribriform.
+    Mimic("tumour", "normal", "coarse_cues", (6, 1), {"crowding": 1.0}),
+    # Fibromatosis: the nuclei and fibres of muscle, but in long waves, without fascicles.
+    Mimic("stroma", "muscle", "coarse_cues", (4, 2), {"fascicle_um": 800.0, "fibre_wave": 1.5}),
+)
 _TAG = {name: index for index, name in enumerate(("tissue", "stain", "scanner", "shares", "labels", "variant"))}
 _LEVEL = {name: index for index, name in enumerate(("centre", "patient", "slide", "region", "nucleus"))}
 
@@ -150,7 +179,7 @@ def components(origin: Origin, tag: str, knobs: Knobs) -> dict[str, np.ndarray]:
     elif tag == "scanner":
         strength["centre"] *= np.sqrt(2 * knobs.scanner_share)
     elif tag == "shares":
-        strength["centre"] = knobs.strength("proportions")
+        strength["centre"] = 2 * knobs.strength("proportions")
     size = {"tissue": len(TISSUE), "stain": len(STAIN), "scanner": len(SCANNER), "shares": len(CLASSES)}[tag]
     return {
         level: np.sqrt(share) * strength[level] * _z(origin, tag, level, size)
@@ -218,20 +247,32 @@ def tissue(origin: Origin, knobs: Knobs, immune: float = 0.0) -> dict[str, Tissu
         z = dict(zip(TISSUE, z + departure(knobs) * region, strict=True))
         z["inflammation"] += 1.4 * immune
         values = {name: float(latent.value(z[name])) for name, latent in TISSUE.items()}
-        if class_name == "tumour" and knobs.variants != "off" and which % 6 == 5:
-            values["small_cell"] = 1.0
-        built[class_name] = TissueParams(**_cued(values, knobs))
-    return built
+        values["variation"] = knobs.strength("nucleus")
+        built[class_name] = _cued(values, knobs)
+    for mimic in mimics(origin, knobs):
+        built[mimic.painted_as] |= mimic.both
+        strength = knobs.strength(mimic.family)
+        own = {name: built[mimic.painted_as][name] + strength * add for name, add in mimic.own.items()}
+        built[mimic.name] = built[mimic.painted_as] | {name: _within(name, value) for name, value in own.items()}
+    return {name: TissueParams(**values) for name, values in built.items()}
+
+
+def mimics(origin: Origin, knobs: Knobs) -> list[Mimic]:
+    """Which classes of this patient are drawn like another; none without variants."""
+    shown = {name: variant(origin, name) for name in {mimic.name for mimic in MIMICS}}
+    return [m for m in MIMICS if knobs.variants != "off" and shown[m.name] % m.variants[0] == m.variants[1]]
+
+
+def _within(name: str, value: float) -> float:
+    return float(np.clip(value, TISSUE[name].low, TISSUE[name].high))
 
 
 def _cued(values: dict[str, float], knobs: Knobs) -> dict[str, float]:
     """`values` with the cues that a knob governs turned down or up."""
-    values["pleomorphism"] *= knobs.strength("nucleus")
     for knob, neutral in _NEUTRAL.items():
         strength = knobs.strength(knob)
         for name, base in neutral.items():
-            latent = TISSUE[name]
-            values[name] = float(np.clip(base + strength * (values[name] - base), latent.low, latent.high))
+            values[name] = _within(name, base + strength * (values[name] - base))
     return values
 
 

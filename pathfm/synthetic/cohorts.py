@@ -65,6 +65,13 @@ DESIGNS = {
         side_um=(2000, 2000),
         fine_every=1,
     ),
+    # For tuning: `study` in small, drawn with other seeds.
+    "development": Design(
+        roles=(_repeat(pretrain=4, probe_train=3),) * 5 + (_repeat(validate=8),) + (_repeat(test=5),) * 2,
+        second_slide_every=0,
+        side_um=(2000, 2000),
+        fine_every=1,
+    ),
     # Slide labels.
     "bags": Design(
         roles=(_repeat(probe_train=45, validate=15, test=15),) * 4,

@@ -84,7 +84,8 @@ def tissue(spec: SlideSpec) -> Tissue:
     classes = layout.class_map(plot, _rng(spec, 0))
     params = appearance.tissue(spec.origin, spec.knobs, latent["B1"])
     seed = int(_rng(spec, 1).integers(1 << 31))
-    scene = painters.plan(classes, layout.MAP_UM, params, seed, appearance.departure(spec.knobs))
+    painted_as = {mimic.name: mimic.painted_as for mimic in appearance.mimics(spec.origin, spec.knobs)}
+    scene = painters.plan(classes, layout.MAP_UM, params, seed, appearance.departure(spec.knobs), painted_as)
     _prominent_nucleoli(scene, latent["B2"])
     marks = artefacts.draw(_rng(spec, 2), spec.artefacts, classes > 0, spec.origin.slide)
     latents = {
@@ -93,6 +94,7 @@ def tissue(spec: SlideSpec) -> Tissue:
         "shares": wanted,
         "lymphocytes_um": distance,
         "tissue": {name: asdict(value) for name, value in params.items()},
+        "painted_as": painted_as,
         "variants": {name: appearance.variant(spec.origin, name) for name in painters.CLASSES},
     }
     return Tissue(scene, marks, _gain(spec), latents)
@@ -239,7 +241,12 @@ def make_slide(spec: SlideSpec, folder: Path) -> Path:
     truth = sidecar(path, ".truth.npz")
     with atomic(truth) as file:
         np.savez_compressed(
-            file, class_map=scene.class_map, artefacts=marks.mask, map_um=scene.map_um, nuclei=scene.nuclei
+            file,
+            class_map=scene.class_map,
+            artefacts=marks.mask,
+            map_um=scene.map_um,
+            nuclei=scene.nuclei,
+            structure=scene.structure(),
         )
     record = {
         "generator": generator_hash(),

@@ -24,7 +24,9 @@ class Truth:
     class_map   (h, w) uint8 every `map_um` um: 0 glass, otherwise 1 + index into CLASSES
     artefacts   (h, w) uint8 on the same grid, bits of `artefacts.FLAG`
     nuclei      one row a nucleus: x_um, y_um from the slide's corner, diameter_um (of the disc of equal area),
-                major_um, minor_um, angle, class, kind
+                major_um, minor_um, angle, dark to rough (what fills them, see nuclei.NUCLEUS), class, kind
+    structure   (h, w, 2) int8 on the class map's grid: depth in um, within +-60, into the class's own structure
+                (epithelium, fascicle, germinal centre, septum) and into its lumina
     latents     what the slide was drawn from: tissue parameters by class, stain, scanner, labels
     """
 
@@ -33,6 +35,7 @@ class Truth:
     artefacts: np.ndarray
     map_um: float
     nuclei: pd.DataFrame
+    structure: np.ndarray
     latents: dict
 
     @classmethod
@@ -49,6 +52,7 @@ class Truth:
                 stored["artefacts"],
                 float(stored["map_um"]),
                 _nuclei(stored["nuclei"]),
+                stored["structure"],
                 latents,
             )
 

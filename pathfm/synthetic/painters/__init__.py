@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from pathfm.synthetic import fields
 from pathfm.synthetic.nuclei import BODY, NUCLEUS, Layer, stamp_bodies, stamp_nuclei
 from pathfm.synthetic.painters import connective, epithelium, materials
-from pathfm.synthetic.painters.ground import DEPTH, GRID_UM, NX, NY, Ground, by_class
+from pathfm.synthetic.painters.ground import DEPTH, GRID_UM, HOLLOW, NX, NY, Ground, by_class
 from pathfm.synthetic.painters.params import CLASSES, TissueParams
 
 __all__ = ["CLASSES", "Scene", "TissueParams", "plan", "raster"]
@@ -20,6 +20,7 @@ __all__ = ["CLASSES", "Scene", "TissueParams", "plan", "raster"]
 _TABLE = np.dtype(
     [
         *((name, "f4") for name in ("x_um", "y_um", "major_um", "minor_um", "angle")),
+        *((name, "f2") for name in ("dark", "vesicle", "grain", "nucleoli", "rough")),
         ("cls", "u1"),
         ("kind", "U12"),
     ]
@@ -33,7 +34,8 @@ class Scene:
     """A slide before it is coloured: everything in um, nothing in pixels.
 
     class_map  (h, w) uint8, 0 glass, otherwise 1 + index into CLASSES; map_um is its grid in um
-    nuclei     structured array: x_um, y_um, major_um, minor_um (whole axes), angle (radians), cls (1..8), kind
+    nuclei     structured array: x_um, y_um, major_um, minor_um (whole axes), angle (radians), what fills them (dark to
+               rough, see NUCLEUS), cls (1..8), kind
     The rest is what `raster` draws from.
     """
 
@@ -52,15 +54,26 @@ class Scene:
     bodies: tuple[Layer, ...]
     cells: Layer
 
+    def structure(self) -> np.ndarray:
+        """Depth into the class's own structure and into its lumina, um, on the class map: (h, w, 2) int8, within 60."""
+        size = self.class_map.shape[1::-1]
+        maps = [cv2.resize(self.maps[..., k], size, interpolation=cv2.INTER_AREA) for k in (DEPTH, HOLLOW)]
+        return np.stack(maps, -1).clip(-60, 60).round().astype(np.int8)
 
-def plan(class_map: np.ndarray, map_um: float, params, seed: int, departure: float = 0.4) -> Scene:
+
+def plan(
+    class_map: np.ndarray, map_um: float, params, seed: int, departure: float = 0.4, painted_as: dict | None = None
+) -> Scene:
     """Place glands, fibres, vessels, fat cells and nuclei over a slide.
 
     class_map  (h, w) uint8, 0 glass, otherwise 1 + index into CLASSES, one square every map_um
     params     a TissueParams, or one per class: a mapping from class name
     departure  of each connected region from those parameters, as a share of the spread between patients
+    painted_as class name -> name of the class whose painter draws it, with the parameters of its own
     """
-    ground = Ground(_on_grid(class_map, map_um), by_class(params), seed, departure)
+    code = {name: number for number, name in enumerate(CLASSES, 1)}
+    painted_as = {code[name]: code[painter] for name, painter in (painted_as or {}).items()}
+    ground = Ground(_on_grid(class_map, map_um), by_class(params), seed, departure, painted_as)
     connective.flows(ground)
     epithelium.plan_tumour(ground)
     epithelium.plan_normal(ground)
@@ -73,7 +86,7 @@ def plan(class_map: np.ndarray, map_um: float, params, seed: int, departure: flo
     epithelium.plan_necrosis(ground)
     smooth = np.clip(ground.maps[..., DEPTH], -60, 60)
     ground.maps[..., NX], ground.maps[..., NY] = fields.gradient(smooth, 2.5)
-    codes, shares = _borders(ground.classes)
+    codes, shares = _borders(ground.painted)
     region_of = np.where(ground.region_of, ground.region_of, cv2.dilate(ground.region_of, np.ones((9, 9), np.uint8)))
     nuclei, cells = _nuclei(ground)
     return Scene(
@@ -87,7 +100,7 @@ def plan(class_map: np.ndarray, map_um: float, params, seed: int, departure: flo
         ground.maps,
         region_of,
         np.stack(ground.table),
-        _fat_blocks(fat, ground.classes),
+        _fat_blocks(fat, ground.painted),
         fat,
         tuple(Layer(_rows(ground.bodies[k], len(BODY)), *ground.size_um) for k in sorted(ground.bodies)),
         cells,
@@ -182,6 +195,8 @@ def _nuclei(ground: Ground) -> tuple[np.ndarray, Layer]:
         2 * rows[:, 3],
         rows[:, 4] % math.pi,
     )
+    for name in ("dark", "vesicle", "grain", "nucleoli", "rough"):
+        nuclei[name] = rows[:, NUCLEUS.index(name)]
     nuclei["cls"] = np.repeat([cls for _, cls, _ in ground.nuclei], [len(r) for r, _, _ in ground.nuclei])
     nuclei["kind"] = np.repeat([kind for _, _, kind in ground.nuclei], [len(r) for r, _, _ in ground.nuclei])
     return nuclei, Layer(rows, *ground.size_um)

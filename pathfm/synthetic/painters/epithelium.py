@@ -15,7 +15,6 @@ from pathfm.synthetic.painters.ground import DEPTH, GRID_UM, HOLLOW, Ground, Reg
 # Whole axes in um. Tumour nuclei 8 to 15 um, columnar and pencil-shaped in glands, round and vesicular in sheets.
 COLUMNAR = Look(12.0, 0.50, 0.14, 0.88, 0.20, vesicle=0.40, grain=0.24, nucleoli=0.8, rough=0.10, halo=0.05)
 VESICULAR = Look(11.5, 0.76, 0.18, 0.80, 0.22, vesicle=0.58, grain=0.26, nucleoli=1.4, rough=0.12, halo=0.05)
-SMALL = Look(8.8, 0.80, 0.10, 1.10, 0.14, vesicle=0.0, grain=0.22, nucleoli=0.0, rough=0.14, halo=0.05)
 BIZARRE = Look(18.0, 0.70, 0.15, 1.05, 0.2, vesicle=0.35, grain=0.35, nucleoli=2.0, rough=0.22, halo=0.05)
 CRYPT = Look(8.6, 0.62, 0.10, 1.08, 0.15, vesicle=0.35, grain=0.22, nucleoli=0.5, rough=0.06, halo=0.05)
 GHOST = Look(9.0, 0.72, 0.2, 0.42, 0.35, vesicle=0.7, grain=0.5, rough=0.12, halo=0.0, blur_um=1.5)
@@ -81,10 +80,6 @@ def _tumour_cells(ground: Ground, region: Region, depth, hollow, openness, radia
     body = (depth > 2.5) & (hollow < -4.5)
     grade = np.clip(p.pleomorphism, 0, 3)
     ground.scatter(region, "mitosis", MITOSIS, p.mitoses, body * 1.0, radial, 1.0, 0.9, 4)
-    if p.small_cell > 0:
-        patchy = np.clip(0.8 + 0.2 * region.noise(LOW), 0.4, 1) * body * p.small_cell
-        ground.scatter(region, "epithelial", SMALL, 15500, patchy, None, squeeze=0.70, tries=3.5)
-        body = body * (1 - p.small_cell)
     varied = _pleomorphic(grade)
     ground.scatter(region, "epithelial", varied(BIZARRE), 90 * grade**2, body * 1.0, None, squeeze=0.85)
     crowded = np.clip(1.0 + 0.22 * region.noise(LOW, 0.6), 0.45, 1)
@@ -157,13 +152,22 @@ def _stretched(look: Look, by: float) -> Look:
 def plan_normal(ground: Ground) -> None:
     edge = fields.signed_distance(ground.classes > 0, GRID_UM)
     for region in ground.regions(2):
-        depth, hollow = _surface(region, edge[region.window], *_crypts(region))
+        depth, hollow = _surface(
+            region, edge[region.window], *(_packed(region) if region.params.crowding else _crypts(region))
+        )
         _write(ground, region, depth, hollow)
         radial = _outward(depth, hollow)
         _crypt_cells(ground, region, depth, hollow, radial)
         lamina = np.clip((-1.0 - depth) / 2, 0, 1)
         spindle_cells(ground, region, lamina, 1200)
         immune_cells(ground, region, lamina * np.clip(0.9 + 0.4 * region.noise(LOW, 0.5), 0.3, 1), 12.0)
+
+
+def _packed(region: Region) -> tuple[np.ndarray, np.ndarray]:
+    """Glands of a crypt's size back to back, some of them cribriform: depth into epithelium and into lumen, um."""
+    p = region.params
+    packed = replace(p, gland_um=1.1 * p.crypt_um, septa_um=3.0, cribriform=min(0.7 * p.crowding, 1.0))
+    return glands(replace(region, params=packed), 1.0)[:2]
 
 
 def _crypts(region: Region) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ GRID_UM = 2.0
 ALONG, ACROSS, DEPTH, HOLLOW, NX, NY = range(6)
 PIXEL_PARAMS = (
     *("fibre_um", "looseness", "eosin", "haematoxylin", "basophilia", "mucin", "fat_wall_um", "ghosts"),
-    *("small_cell", "cleft"),
+    "cleft",
 )
 
 
@@ -26,7 +26,7 @@ PIXEL_PARAMS = (
 class Region:
     """One connected piece of one class, with its own parameters and random numbers."""
 
-    cls: int
+    cls: int  # what it is, whatever it is painted as
     number: int
     window: tuple[slice, slice]
     mask: np.ndarray
@@ -67,6 +67,7 @@ class Ground:
     params: dict[int, TissueParams]
     seed: int
     departure: float = 0.4  # of a region from its patient, as a share of the spread between patients
+    painted_as: dict[int, int] = field(default_factory=dict)  # a class drawn by another one's painter
     maps: np.ndarray = field(init=False)
     region_of: np.ndarray = field(init=False)
     table: list = field(init=False)
@@ -86,8 +87,22 @@ class Ground:
         self.size_um = (width * GRID_UM, height * GRID_UM)
         self.crowd = Crowd(*self.size_um)
 
-    def regions(self, cls: int) -> Iterator[Region]:
-        """The connected pieces of a class, in reading order, each with its own small departure from the patient."""
+    @property
+    def painted(self) -> np.ndarray:
+        """`classes` with those that another painter draws replaced by its own."""
+        table = np.arange(len(CLASSES) + 1, dtype=np.uint8)
+        for cls, painter in self.painted_as.items():
+            table[cls] = painter
+        return table[self.classes]
+
+    def regions(self, painter: int) -> Iterator[Region]:
+        """The connected pieces of the class that `painter` draws, and of those that look like it."""
+        for cls in range(1, len(CLASSES) + 1):
+            if self.painted_as.get(cls, cls) == painter:
+                yield from self._pieces(cls)
+
+    def _pieces(self, cls: int) -> Iterator[Region]:
+        """In reading order, each with its own small departure from the patient."""
         count, labels, stats, _ = cv2.connectedComponentsWithStats(
             (self.classes == cls).astype(np.uint8), connectivity=4
         )
@@ -129,16 +144,17 @@ class Ground:
         points = self.spots(region, where, per_mm2 * region.params.nuclear_density, tries)
         wanted = int(round(points.shape[0] / tries))
         rng, n = region.rng, len(points)
-        size = region.params.nuclear_size * np.exp(look.spread * rng.standard_normal(n)) * look.major_um / 2
-        ratio = np.clip(look.ratio * np.exp(0.12 * rng.standard_normal(n)), 0.12, 1.0)
+        varied = region.params.variation
+        size = region.params.nuclear_size * np.exp(varied * look.spread * rng.standard_normal(n)) * look.major_um / 2
+        ratio = np.clip(look.ratio * np.exp(varied * 0.12 * rng.standard_normal(n)), 0.12, 1.0)
         if angle is None:
             heading = rng.uniform(0, np.pi, n)
         else:
             heading = sample(angle, region, points) + turn * rng.standard_normal(n)
         rows = np.empty((n, len(NUCLEUS)), np.float32)
         rows[:, :5] = np.stack([points[:, 0], points[:, 1], size, size * ratio, heading], 1)
-        rows[:, 5] = look.dark * np.exp(look.dark_spread * rng.standard_normal(n)) * region.params.haematoxylin
-        rows[:, 6] = np.clip(look.vesicle + 0.12 * rng.standard_normal(n) * (look.vesicle > 0), 0, 1)
+        rows[:, 5] = look.dark * np.exp(varied * look.dark_spread * rng.standard_normal(n)) * region.params.haematoxylin
+        rows[:, 6] = np.clip(look.vesicle + varied * 0.12 * rng.standard_normal(n) * (look.vesicle > 0), 0, 1)
         rows[:, 7] = look.grain * region.params.chromatin
         rows[:, 8] = look.nucleoli * region.params.nucleoli
         rows[:, 9] = look.rough * region.params.outline * rng.uniform(0.5, 1.5, n)

@@ -20,7 +20,7 @@ from pathfm.synthetic.painters.params import (
 )
 
 MIXED = 128  # flag of a grid square with another class within reach
-FIBRE_UM, LOOSE, EOSIN, HAEM, BASO, MUCIN, WALL_UM, GHOSTS, SMALL_CELL, CLEFT = range(10)
+FIBRE_UM, LOOSE, EOSIN, HAEM, BASO, MUCIN, WALL_UM, GHOSTS, CLEFT = range(9)
 _GRID = float(GRID_UM)
 
 
@@ -159,7 +159,7 @@ def _cytoplasm(noise, p, x, y, depth, hollow, nx, ny, um, tumour):
     fx, fy = x - 0.93 * nx * depth, y - 0.93 * ny * depth
     stripe = look(noise, GRAIN, fx * 0.42, fy * 0.42)
     if tumour:
-        e = 0.43 - 0.14 * p[SMALL_CELL] + 0.065 * g + 0.055 * m + 0.055 * stripe
+        e = 0.43 + 0.065 * g + 0.055 * m + 0.055 * stripe
         h = 0.22 * p[BASO] + 0.04 * m + 0.045 * g + 0.02 * stripe
     else:
         e = 0.45 + 0.07 * g + 0.05 * m + 0.05 * stripe

@@ -29,7 +29,7 @@ class TissueParams:
     elongation: float = _p(1.0, 0.08, "length over width of epithelial nuclei", "cell", low=0.6, high=1.8)
     pleomorphism: float = _p(1.0, 0.25, "spread of tumour nuclear size and darkness", "cell", low=0.0, high=3.0)
     mitoses: float = _p(12.0, 0.6, "mitotic figures per mm2 of tumour", "cell", low=0.0, high=200.0)
-    small_cell: float = _p(0.0, 0.0, "tumour of small dark moulded nuclei", "cell", False, 0.0, 1.0)
+    variation: float = _p(1.0, 0.0, "nucleus to nucleus spread of size, form and darkness", "cell", low=0.0, high=2.0)
     # below 2 um
     chromatin: float = _p(1.0, 0.25, "grain of the chromatin", "fine", low=0.0, high=2.5)
     nucleoli: float = _p(1.0, 0.4, "nucleoli per epithelial nucleus", "fine", low=0.0, high=4.0)
@@ -41,6 +41,7 @@ class TissueParams:
     septa_um: float = _p(7.0, 0.25, "half the width of the stroma between tumour glands", "coarse", low=1.0, high=40.0)
     crypt_um: float = _p(78.0, 0.08, "diameter of normal crypts", "coarse", low=40.0, high=140.0)
     crypt_cut: float = _p(0.5, 0.3, "0 crypts cut across, 1 cut along", "coarse", False, 0.0, 1.0)
+    crowding: float = _p(0.0, 0.0, "0 separate crypts, above it packed and cribriform ones", "coarse", False, 0.0, 2.0)
     goblet: float = _p(1.0, 0.25, "goblet cells in normal crypts", "cell", low=0.0, high=2.0)
     # connective tissue
     inflammation: float = _p(
@@ -48,7 +49,7 @@ class TissueParams:
     )
     fibre_um: float = _p(1.0, 0.15, "thickness of collagen and muscle fibres", "cell", low=0.4, high=2.5)
     fibre_wave: float = _p(1.0, 0.3, "waviness of collagen", "coarse", low=0.0, high=3.0)
-    fascicle_um: float = _p(260.0, 0.2, "width of a muscle fascicle", "coarse", low=60.0, high=900.0)
+    fascicle_um: float = _p(110.0, 0.2, "width of a muscle fascicle", "coarse", low=40.0, high=900.0)
     looseness: float = _p(0.5, 0.2, "clefts and oedema between fibres", "cell", False, 0.0, 1.0)
     vessels: float = _p(1.0, 0.3, "vessels per area of stroma", "coarse", low=0.0, high=4.0)
     fat_cell_um: float = _p(78.0, 0.12, "diameter of adipocytes", "coarse", low=30.0, high=160.0)
