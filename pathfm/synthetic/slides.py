@@ -86,7 +86,8 @@ def tissue(spec: SlideSpec) -> Tissue:
     seed = int(_rng(spec, 1).integers(1 << 31))
     painted_as = {mimic.name: mimic.painted_as for mimic in appearance.mimics(spec.origin, spec.knobs)}
     scene = painters.plan(classes, layout.MAP_UM, params, seed, appearance.departure(spec.knobs), painted_as)
-    _prominent_nucleoli(scene, latent["B2"])
+    if spec.knobs.fine_cues != "off":
+        _prominent_nucleoli(scene, latent["B2"])
     marks = artefacts.draw(_rng(spec, 2), spec.artefacts, classes > 0, spec.origin.slide)
     latents = {
         "labels": labels,

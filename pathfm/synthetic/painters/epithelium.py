@@ -166,7 +166,7 @@ def plan_normal(ground: Ground) -> None:
 def _packed(region: Region) -> tuple[np.ndarray, np.ndarray]:
     """Glands of a crypt's size back to back, some of them cribriform: depth into epithelium and into lumen, um."""
     p = region.params
-    packed = replace(p, gland_um=1.1 * p.crypt_um, septa_um=3.0, cribriform=min(0.7 * p.crowding, 1.0))
+    packed = replace(p, gland_um=1.35 * p.crypt_um, septa_um=10.0, cribriform=min(0.6 * p.crowding, 1.0))
     return glands(replace(region, params=packed), 1.0)[:2]
 
 
@@ -223,7 +223,8 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
     inside = (depth > 0) & (hollow < -2)
     middle = inside * (depth > 12.5) * (hollow < -6)
     fertile = np.clip(0.85 + 0.25 * region.noise(LOW, 0.5), 0.2, 1)
-    at = ground.spots(region, middle * fertile, 6500 * min(p.goblet, 2.0), 3.0)
+    crowded = min(p.crowding, 1.0)  # packed glands have more epithelium: fewer goblet cells, more nuclei off the base
+    at = ground.spots(region, middle * fertile, (6500 - 3600 * crowded) * min(p.goblet, 2.0), 3.0)
     heading = sample(radial, region, at) + 0.15 * rng.standard_normal(len(at))
     size = rng.uniform(5.4, 9.4, len(at))
     ellipses = np.stack([at[:, 0], at[:, 1], size * 1.15, size * rng.uniform(0.72, 0.92, len(at)), heading], 1)
@@ -250,7 +251,9 @@ def _crypt_cells(ground: Ground, region: Region, depth, hollow, radial) -> None:
     row = inside * np.clip((depth - 2.6) / 1.0, 0, 1) * np.clip((10.5 - depth) / 2.5, 0, 1)
     ground.scatter(region, "epithelial", _stretched(CRYPT, p.elongation), 19000, row, radial, 0.16, 0.80, 3)
     stray = inside * (depth > 9) * (hollow < -10)
-    ground.scatter(region, "epithelial", _stretched(CRYPT, p.elongation), 700, stray * 1.0, radial, 0.3, 0.9)
+    ground.scatter(
+        region, "epithelial", _stretched(CRYPT, p.elongation), 700 + 2200 * crowded, stray * 1.0, radial, 0.3, 0.9
+    )
     ground.scatter(region, "mitosis", MITOSIS, 8, stray * 1.0, radial, 1.0, 0.9, 4)
 
 
