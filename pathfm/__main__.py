@@ -65,21 +65,26 @@ class Store:
 
 @dataclass(frozen=True)
 class Sweep:
-    """run the missing points of sweeps/<name>.yaml and write results/<name>.csv"""
+    """run the missing points of sweeps/<name>.yaml and write results/<name>.csv, and its answers where it has some"""
 
     name: str
     workers: int = setting(0, "points at a time; the number of cores when 0")
 
     def __call__(self) -> None:
+        from pathfm import answers
         from pathfm.runs import write_results
         from pathfm.sweeps import sweep
 
-        print(write_results(self.name, sweep(self.name, workers=self.workers or None)))
+        table = sweep(self.name, workers=self.workers or None)
+        path = write_results(self.name, table)
+        print(path)
+        if table.attrs["answers"] is not None:
+            print(answers.write_table(path.with_name(f"{self.name}_answers.csv"), table.attrs["answers"]))
 
 
 @dataclass(frozen=True)
 class MakeCohort:
-    """draw a synthetic cohort (embedded, study, bags), or finish an interrupted one; prints its cohort.csv"""
+    """draw a synthetic cohort (embedded, study, development, bags), or finish it; prints the path of its cohort.csv"""
 
     name: str
     folder: str = setting("", "where; the cache when empty")
@@ -193,6 +198,23 @@ class Probe:
         print(table[shown].round(3).to_string(index=False))
 
 
+@dataclass(frozen=True)
+class Instrument:
+    """draw the development cohort with each seed, measure what it can show, write results/instrument.csv"""
+
+    seeds: list[int] = field(metadata={"nargs": "+", "type": int, "help": "none that a study uses"})
+    workers: int = setting(0, "processes that draw slides; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathfm import instrument
+
+        table = instrument.record(self.seeds, self.workers or None)
+        means = table[table["centre"] == "all"].pivot(index="what", columns="seed", values="balanced_accuracy")
+        print(means.round(3).to_string())
+        for row in instrument.outside(table).itertuples():
+            print(f"seed {row.seed}: {row.what} is {row.balanced_accuracy:.3f}, not {row.low:g} to {row.high:g}")
+
+
 def pretrain(config: typing.Any, cohort: str, folder: str) -> None:
     """pretrain a backbone with DINO from the slides of a cohort; continues a run that was interrupted"""
     from pathfm import Cohort, study
@@ -210,6 +232,7 @@ VERBS = {
     "tiles": Tiles,
     "embed": Embed,
     "probe": Probe,
+    "instrument": Instrument,
 }
 
 
@@ -218,7 +241,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
         if item.default is dataclasses.MISSING:
-            parser.add_argument(item.name)
+            parser.add_argument(item.name, **item.metadata)
             continue
         if item.metadata.get("positional"):
             parser.add_argument(item.name, nargs="?", default=item.default, help=item.metadata["help"])

@@ -17,6 +17,8 @@ from pathfm.config import PretrainConfig
 
 RATIO = (3 / 4, 4 / 3)  # width over height of a crop; torchvision's default, which DINO uses
 GRAY = (0.2989, 0.587, 0.114)
+# Optical density in R, G, B of haematoxylin, eosin and DAB: Ruifrok & Johnston 2001, as scikit-image has them.
+DYES = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 
 
 class Views(NamedTuple):
@@ -82,6 +84,10 @@ class MultiCrop:
         for turn in range(4):  # each image has the four in its own order
             for kind, (change, amount) in enumerate(changes):
                 x = where(x, jitter & (order[:, turn] == kind), change, amount)
+        if c.stain:
+            amounts = torch.stack([between(1 - c.stain, 1 + c.stain) for _ in DYES], 1)
+            offsets = torch.stack([between(-0.1 * c.stain, 0.1 * c.stain) for _ in DYES], 1)
+            x = stained(x, amounts.to(x.device), offsets.to(x.device))
         x = where(x, happens(c.grayscale), saturation, torch.zeros(n))
         x = where(x, happens(blur), gaussian_blur, between(*c.blur_sigma_px))
         x = where(x, happens(solarise), inverted_above, torch.full((n,), 128 / 255))
@@ -196,6 +202,19 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
     )
     k = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + sector + 6 * turns) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def stained(x: Tensor, amounts: Tensor, offsets: Tensor) -> Tensor:
+    """`x` (n, 3, h, w) in [0, 1] with other amounts of its dyes: each times `amounts`, plus `offsets`, (n, 3).
+
+    In optical density (base 10), along DYES. The augmentation "HED" of Tellez et al. 2019, section 3.2.
+    """
+    dyes = x.new_tensor(DYES)
+    dyes = dyes / dyes.norm(dim=1, keepdim=True)
+    mix = dyes.inverse() @ (amounts[:, :, None] * dyes)
+    density = -x.clamp(min=1 / 255).log10()
+    changed = torch.einsum("nchw,ncd->ndhw", density, mix) + (offsets @ dyes)[:, :, None, None]
+    return (10**-changed).clamp(0, 1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 from pathfm.errors import InputError, nearest
 
 # Sources: [dino] main_dino.py and vision_transformer.py of facebookresearch/dino (Caron et al. 2021), where the
-# authors count in epochs of 100 this counts in shares of the run; [kaiko] arXiv 2404.15217; [ours] our choice.
+# authors count in epochs of 100 this counts in shares of the run; [dinov2] Oquab et al. 2023 and their code;
+# [tellez] Tellez et al. 2019, Medical Image Analysis 58; [kaiko] arXiv 2404.15217; [ours] our choice.
 CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "float32", "bfloat16"),
@@ -52,6 +53,7 @@ class PretrainConfig:
     contrast: float = setting(0.4, "factor within 1 +- this; [dino]")
     saturation: float = setting(0.2, "factor within 1 +- this; [dino]")
     hue: float = setting(0.1, "turns of the colour circle, +- this; [dino]")
+    stain: float = setting(0.0, "amount of each dye within 1 +- this, and a tenth of it added; 0 = none; [tellez]")
     grayscale: float = setting(0.2, "probability of losing colour; [dino]")
     blur: tuple[float, ...] = setting((1.0, 0.1, 0.5), "probability: first global, second global, local; [dino]")
     blur_sigma_px: tuple[float, ...] = setting((0.1, 2.0), "of the Gaussian, in view pixels; [dino]")
@@ -69,6 +71,10 @@ class PretrainConfig:
     teacher_temperature: float = setting(0.04, "of the teacher's softmax after warm-up; [dino]")
     teacher_temperature_start: float = setting(0.04, "before it; [dino]")
     temperature_warmup: float = setting(0.0, "share of the run; [dino] (0.1 in its longest recipe)")
+    # loss
+    koleo: float = setting(
+        0.0, "weight of the spread of a batch's features; 0 = DINO as published, DINOv2 has 0.1; [dinov2]"
+    )
     # optimiser
     steps: int = setting(50_000, "optimiser steps; [ours], [kaiko] counts 100 epochs of unknown length")
     batch_size: int = setting(256, "tiles a step; [kaiko]'s ablations")
@@ -151,6 +157,12 @@ SMOKE: dict[str, Any] = {
 }
 
 
+# Learns within half an hour on one CPU core; tuned on development seeds (results/recipe.csv), every value [ours].
+DEMO: dict[str, Any] = {**SMOKE}
+
+RECIPES = {"smoke": SMOKE, "demo": DEMO}
+
+
 def _typed(field: dataclasses.Field, value: Any) -> Any:
     """`value` as the field's type: JSON and papermill bring lists for tuples and 1 for 1.0."""
     kind = type(field.default)
@@ -198,6 +210,8 @@ def _check(config: PretrainConfig) -> None:
         "seed",
         "clip",
         "min_lr",
+        "koleo",
+        "stain",
         "weight_decay",
         "weight_decay_end",
         "brightness",
@@ -235,9 +249,13 @@ def _check(config: PretrainConfig) -> None:
         raise InputError(f"mpp={config.mpp} must be microns per pixel above 0, e.g. (0.5,)")
     if not 0 < config.blur_sigma_px[0] <= config.blur_sigma_px[1]:
         raise InputError(f"blur_sigma_px={config.blur_sigma_px} must rise, above 0")
+    if config.stain >= 1:
+        raise InputError(f"stain={config.stain} must be below 1, where a dye vanishes")
     if config.hue > 0.5:
         raise InputError(f"hue={config.hue} must be at most 0.5, half a turn")
     if config.width and config.heads and config.width % config.heads:
         raise InputError(f"width={config.width} is no multiple of heads={config.heads}")
+    if config.batch_size == 1 and config.koleo:
+        raise InputError("batch_size=1 leaves koleo no neighbour to keep away from; take 2 or koleo=0")
     if config.batch_size == 1 and config.head_norm:
         raise InputError("batch_size=1 leaves BatchNorm in the head nothing to normalise; take 2 or head_norm=False")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pathfm.augment import Views
 from pathfm.config import PretrainConfig
-from pathfm.losses import dino_loss, entropy, moved_centre, sharpened
+from pathfm.losses import dino_loss, entropy, koleo, moved_centre, sharpened
 from pathfm.schedules import Schedule
 from pathfm.vit import DinoHead, check_size, make_backbone
 
@@ -22,17 +22,19 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, *views: Tensor) -> Tensor:
-        """Logits (V, B, K) of groups of views (V_i, B, 3, h_i, w_i), in their order."""
-        features = [self.backbone(group.flatten(0, 1)) for group in views if len(group)]
-        return self.head(torch.cat(features)).unflatten(0, (-1, views[0].shape[1]))
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        """CLS features (V, B, D) and logits (V, B, K) of groups of views (V_i, B, 3, h_i, w_i), in their order."""
+        features = torch.cat([self.backbone(group.flatten(0, 1)) for group in views if len(group)])
+        shape = (-1, views[0].shape[1])
+        return features.unflatten(0, shape), self.head(features).unflatten(0, shape)
 
 
 class Outcome(NamedTuple):
-    """What one step's forward pass gives; the last three are for the log."""
+    """What one step's forward pass gives; the last four are for the log."""
 
-    loss: Tensor  # scalar, nats
+    loss: Tensor  # scalar, nats: DINO's, and KoLeo's where it has a weight
     teacher_logits: Tensor  # (G, B, K), to move the centre by
+    koleo: Tensor  # before its weight, 0 where it has none
     teacher_entropy: Tensor  # mean over tiles, nats: log K is a teacher without opinion
     prototype_entropy: Tensor  # of the batch's mean probabilities, nats: 0 is one prototype for all
 
@@ -73,13 +75,16 @@ class Dino(nn.Module):
     def forward(self, views: Views, now: Schedule) -> Outcome:
         """The loss of a batch of views, and what the teacher said."""
         with torch.no_grad():
-            logits = self.teacher(views.global_)
+            _, logits = self.teacher(views.global_)
             with torch.autocast(logits.device.type, enabled=False):
                 p = sharpened(logits, self.centre, now.teacher_temperature)
-        student = self.student(views.global_, views.local)
+        features, student = self.student(views.global_, views.local)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = dino_loss(student, p, self.config.student_temperature)
-        return Outcome(loss, logits, entropy(p).mean(), entropy(p.mean((0, 1))))
+            loss, spread = dino_loss(student, p, self.config.student_temperature), logits.new_zeros(())
+            if self.config.koleo:
+                spread = sum(koleo(view) for view in features[: len(logits)])
+                loss = loss + self.config.koleo * spread
+        return Outcome(loss, logits, spread.detach(), entropy(p).mean(), entropy(p.mean((0, 1))))
 
     @torch.no_grad()
     def follow(self, outcome: Outcome, momentum: float) -> None:

@@ -30,6 +30,17 @@ def sharpened(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
     return F.softmax((full(logits) - centre) / temperature, dim=-1)
 
 
+def koleo(features: Tensor) -> Tensor:
+    """How crowded `features` (B, D) are: minus the mean log distance to the nearest other one, all at length 1.
+
+    Sablayrolles et al. 2019, eq. 2; DINOv2 (Oquab et al. 2023, section 4) adds it by view, for the global views' CLS.
+    """
+    x = F.normalize(full(features), dim=-1)
+    with torch.no_grad():
+        nearest = (x @ x.mT).fill_diagonal_(-2).argmax(1)
+    return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
+
+
 def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     """The centre (K,) after a batch of teacher logits (G, B, K): a moving average of their mean. Eq. 4."""
     return torch.lerp(full(logits).flatten(0, -2).mean(0), centre, momentum)

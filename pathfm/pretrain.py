@@ -182,8 +182,9 @@ class Training:
         outcome.loss.backward()
         model.hold_prototypes(now)
         norm = clip_gradients(list(self.named.values()), config.clip)
-        numbers = torch.stack([outcome.loss.detach(), norm, outcome.teacher_entropy, outcome.prototype_entropy])
-        loss, norm, teacher_entropy, prototype_entropy = numbers.tolist()
+        watched = (outcome.koleo, outcome.teacher_entropy, outcome.prototype_entropy)
+        numbers = torch.stack([outcome.loss.detach(), norm, *(value.float() for value in watched)])
+        loss, norm, koleo, teacher_entropy, prototype_entropy = numbers.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise InputError(
                 f"step {step + 1}: loss {loss} and gradient norm {norm} are not both numbers. The last checkpoint in "
@@ -199,6 +200,7 @@ class Training:
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,
             "teacher_temperature": now.teacher_temperature,
+            "koleo": koleo,
             "teacher_entropy": teacher_entropy,
             "prototype_entropy": prototype_entropy,
             "grad_norm": norm,

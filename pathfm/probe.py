@@ -34,6 +34,7 @@ __all__ = [
     "leakage",
     "linear",
     "paired",
+    "pooled",
     "scores",
 ]
 
@@ -89,6 +90,30 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k: int = 20) -> float:
     return balanced_accuracy(test_y, classes[found])
 
 
+def pooled(
+    model: nn.Module | str | Path,
+    tiles: TileSet,
+    preprocess: Callable | None = None,
+    name: str = "features",
+    folder: str | Path | None = None,
+    probe: Callable[..., Prediction] = linear,
+) -> Features:
+    """A model's features of the pooling that validates best: CLS, mean of the patch tokens, or both.
+
+    model  a backbone with its `preprocess`, or the folder of an export
+    """
+    from pathfm.export import load
+    from pathfm.features import POOLS, extract
+
+    if isinstance(model, (str, Path)):
+        source, (network, _) = str(model), load(model)
+    else:
+        source = network = model
+    pools = POOLS if getattr(network, "cls_token", None) is not None else ("mean",)
+    found = [extract(source, tiles, preprocess, pool, f"{name} ({pool})", folder) for pool in pools]
+    return max(found, key=lambda features: probe(features).settings["validate"])
+
+
 def cross_validate(
     features: Features,
     probe: Callable[..., Prediction] = linear,
@@ -131,11 +156,7 @@ def floor_predictions(
     answers = [probe(extract(name, tiles, name=FLOOR_NAMES[name], folder=folder)) for name in wanted]
     if model is not None:
         twin = random_twin(model, seed)
-        pooled = [
-            probe(extract(twin, tiles, preprocess, pool, f"random weights ({pool})", folder))
-            for pool in (("cls", "mean", "both") if getattr(model, "cls_token", None) is not None else ("mean",))
-        ]
-        answers.append(max(pooled, key=lambda answer: answer.settings["validate"]))
+        answers.append(probe(pooled(twin, tiles, preprocess, "random weights", folder, probe)))
     return [replace(answer, floor=True) for answer in answers]
 
 

@@ -209,7 +209,7 @@ def run_study(profile: str = "smoke", cohort: str = "", out: str | Path | None =
     """Runs every notebook in order and returns the folder that holds them.
 
     profile  a parameter set of notebooks/profiles.yaml: smoke (minutes) or demo (longer and better)
-    cohort   a cohort.csv; the embedded synthetic cohort where empty
+    cohort   a cohort.csv, or a synthetic cohort such as "study"; the profile's own where empty, else the embedded one
     out      folder of the executed notebooks, runs/<date>-<profile> where None
 
     A notebook that fails does not stop the others; the failure is raised at the end.
@@ -219,10 +219,10 @@ def run_study(profile: str = "smoke", cohort: str = "", out: str | Path | None =
         raise InputError(f"no profile '{profile}'.{nearest(profile, known)}")
     figures = checkout() / "figures"
     if cohort:
-        from pathfm.cohort import Cohort
+        from pathfm import study
 
-        cohort = str(Path(cohort).expanduser().resolve())
-        figures = figures / Cohort.read(cohort).name
+        cohort = str(Path(cohort).expanduser().resolve()) if cohort.endswith(".csv") else cohort
+        figures = figures / study.cohort(cohort).name
     stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     out = Path(out) if out else checkout() / "runs" / f"{stamp}-{profile}"
     failures, seconds = [], {}

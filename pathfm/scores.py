@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,19 @@ class Prediction:
     @property
     def balanced_accuracy(self) -> float:
         return balanced_accuracy(self.table["truth"], self.table["predicted"])
+
+
+def of_centres(predictions: Iterable[Prediction], centres: Iterable[str]) -> list[Prediction]:
+    """The same predictions on the tiles of some centres alone. Raises InputError where there are none."""
+    wanted, kept = sorted(map(str, centres)), []
+    for one in predictions:
+        there = (
+            one.table["centre"].astype(str).isin(wanted) if "centre" in one.table else np.zeros(len(one.table), bool)
+        )
+        if not there.any():
+            raise InputError(f"{one.name}: no test tile comes from centre {', '.join(wanted) or '(none given)'}")
+        kept.append(replace(one, table=one.table[there]))
+    return kept
 
 
 class Interval(NamedTuple):
@@ -95,6 +108,28 @@ def paired(
     low, high = _quantiles(drawn)
     n = n_patients(a[0].table)
     return Difference(_mean_score(a) - _mean_score(b), low, high, n, verdict(low, high, n, margin))
+
+
+def share_closed(
+    teacher: Prediction | Sequence[Prediction],
+    start: Prediction | Sequence[Prediction],
+    oracle: Prediction,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """How much of the way from `start` to `oracle` the teacher goes: 0 none, 1 all of it, below 0 backwards.
+
+    Patients, and the pretraining seeds that teacher and start share, are drawn as in `paired`.
+    """
+    teacher, start, top = _as_runs(teacher), _as_runs(start), _as_runs(oracle)
+    for other in (start, top):
+        _same_tiles(teacher[0], other[0])
+    weights, seeds = _draws(teacher, resamples, seed)
+    low = _drawn_means(start, weights, seeds if len(start) == len(teacher) else _draws(start, resamples, seed + 1)[1])
+    way = _drawn_means(top, weights, np.ones((resamples, 1))) - low
+    drawn = (_drawn_means(teacher, weights, seeds) - low) / way
+    value = (_mean_score(teacher) - _mean_score(start)) / (_mean_score(top) - _mean_score(start))
+    return Interval(value, *_quantiles(drawn))
 
 
 def verdict(low: float, high: float, n: int | None, margin: float = MARGIN) -> str:

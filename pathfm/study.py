@@ -13,25 +13,38 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from pathfm import answers
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
-from pathfm.config import SMOKE, PretrainConfig
-from pathfm.errors import InputError
+from pathfm.config import RECIPES, PretrainConfig
+from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
 from pathfm.runs import code_hash, notebooks_dir
+from pathfm.scores import Prediction
 from pathfm.storage import cache_dir
 from pathfm.stream import TileStream
-from pathfm.synthetic import GENERATOR_VERSION, embedded, generator_hash, labelled_tiles
+from pathfm.synthetic import GENERATOR_VERSION, embedded, generator_hash, labelled_tiles, make_cohort
+from pathfm.synthetic.cohorts import DESIGNS
 from pathfm.synthetic.slides import sidecar
 
 NON_HISTOLOGY = "non-histology"
 
 
-def cohort(path: str = "") -> Cohort:
-    """The slides of a cohort.csv; the embedded synthetic cohort where `path` is empty."""
-    return Cohort.read(path) if path else embedded()
+def cohort(name: str = "") -> Cohort:
+    """The slides of a cohort.csv, or of a synthetic cohort, drawn where it is missing; the embedded one where empty.
+
+    A synthetic cohort is named as in DESIGNS, with a seed where it is not 0: "study", "development:11".
+    """
+    if not name:
+        return embedded()
+    design, _, seed = name.partition(":")
+    if design in DESIGNS and (seed.isdigit() or name == design):
+        return make_cohort(design, seed=int(seed or 0))
+    if Path(name).suffix != ".csv":
+        raise InputError(f"cohort='{name}' is neither a .csv nor a synthetic cohort.{nearest(design, DESIGNS)}")
+    return Cohort.read(name)
 
 
 def index(slides: Cohort) -> SlideIndex:
@@ -98,7 +111,16 @@ def tiles(slides: Cohort, dataset: str = "") -> TileSet:
     if not is_synthetic(slides) or "role" not in slides.table:
         print("The cohort has no labelled tiles; the embedded synthetic cohort's are used. Give yours as `dataset`.")
         slides = embedded()
-    return _read(labelled_tiles(slides), f"{slides.name} tiles (synthetic)")
+    per_class = 6 if len(slides.table) <= 60 else 3  # of a slide: some thousand tiles in all
+    return _read(labelled_tiles(slides, per_class=per_class), f"{slides.name} tiles (synthetic)")
+
+
+def new_centres(slides: Cohort) -> list[str]:
+    """The centres of which no slide pretrains; none where the cohort has no roles or no centres."""
+    if not {"role", "centre"} <= set(slides.table):
+        return []
+    seen = slides.table.loc[slides.table["role"] == "pretrain", "centre"]
+    return sorted(set(slides.table["centre"].astype(str)) - set(seen.astype(str)))
 
 
 @functools.cache
@@ -107,11 +129,40 @@ def _read(folder, name: str) -> TileSet:
     return TileSet.from_folder(folder, name=name)
 
 
-def config(**fields) -> PretrainConfig:
-    """The smoke configuration with `fields` replaced; `mpp` may be text such as "0.5,1"."""
-    if isinstance(fields.get("mpp"), str):
-        fields["mpp"] = mpp_list(fields["mpp"])
-    return PretrainConfig.of(**{**SMOKE, **fields})
+def config(
+    recipe: str = "smoke", settings: str = "", mpp: str | tuple = "", steps: int = 0, **fields
+) -> PretrainConfig:
+    """A recipe of `config.RECIPES` with `fields` replaced.
+
+    settings    fields as text, such as "koleo=0 local_views=2 global_scale=0.3,1"
+    mpp, steps  the recipe's own where empty or 0; mpp may be text such as "0.5,1"
+    """
+    if recipe not in RECIPES:
+        raise InputError(f"recipe='{recipe}' is unknown.{nearest(recipe, RECIPES)}")
+    if mpp:
+        fields["mpp"] = mpp_list(mpp) if isinstance(mpp, str) else mpp
+    if steps:
+        fields["steps"] = steps
+    return PretrainConfig.of(**{**RECIPES[recipe], **fields, **_settings(settings)})
+
+
+def _settings(text: str) -> dict:
+    """ "koleo=0 mpp=0.5,1" -> {"koleo": 0, "mpp": [0.5, 1]}."""
+    found = {}
+    for part in text.split():
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"settings='{text}': '{part}' is no name=value; write them like 'koleo=0.1 steps=20'")
+        values = [_value(one) for one in value.split(",")]
+        found[name] = values if len(values) > 1 else values[0]
+    return found
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False}.get(text, text)
 
 
 def mpp_list(text: str) -> tuple[float, ...]:
@@ -197,6 +248,14 @@ def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
         print(f"No slide serves {missing:g} mpp; it is left out.")
     kept = [",".join(f"{m:g}" for m in mpp_list(mixture) if m in there) for mixture in grid["mpp"]]
     return {**grid, "mpp": [mixture for mixture in dict.fromkeys(kept) if mixture]}
+
+
+def recorded_answers(name: str) -> dict[str, list[Prediction]]:
+    """What the probes of a recorded sweep answered, by features, a seed each; empty where results are not current."""
+    path = notebooks_dir().parent / "results" / f"{name}_answers.csv"
+    if not path.is_file() or not len(recorded(name)):
+        return {}
+    return answers.read(pd.read_csv(path, dtype=str))
 
 
 def recorded(name: str) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pathfm import answers
 from pathfm.errors import InputError, nearest
 from pathfm.runs import Scalar, check_parameters, code_hash, notebook_path, notebooks_dir, provenance, record
 from pathfm.storage import progress, read_json, write_json
@@ -52,6 +53,8 @@ def sweep(
     grid      replaces the file's grid, such as one without the mpp that a cohort cannot serve
     override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
 
+    `attrs["answers"]` of the table holds the answers of the points' probes, where they wrote any: see pathfm.answers.
+
     A point is finished when its notebook ran to the end; a killed sweep goes on where it stopped. A failing point does
     not stop the others and is raised at the end. Raises InputError for a parameter the notebook does not declare.
     """
@@ -70,7 +73,9 @@ def sweep(
     if failures:
         raise InputError(f"{len(failures)} of {len(points)} points stopped:\n  " + "\n  ".join(failures))
     rows = [{**point, **read_json(path / "metrics.json")} for point, path in zip(points, folders, strict=True)]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["answers"] = answers.merged(folders)
+    return table
 
 
 def _run_points(notebook: str, base: dict, points: list[tuple[dict, Path]], workers: int | None) -> list[str]:

@@ -9,6 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from pathfm import augment
 from pathfm.augment import MultiCrop, random_boxes, scale_table
 from pathfm.config import PretrainConfig
+from pathfm.errors import InputError
 
 PLAIN = {"jitter": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarise": 0.0, "flip": 0.0}
 SMALL = {"init": "random", "tile_px": 72, "global_px": 64, "local_px": 32, "local_views": 3}
@@ -158,3 +159,29 @@ def test_each_image_and_view_has_its_own_parameters():
 def test_without_local_views_there_are_two_global_ones():
     seen = views_of(torch.zeros(3, 72, 72, 3, dtype=torch.uint8), local_views=0)
     assert seen.local.shape == (0, 3, 3, 32, 32) and seen.effective_mpp.shape == (2, 3)
+
+
+def test_other_amounts_of_dye_are_other_powers_of_the_light():
+    x = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    ones, none = torch.ones(2, 3), torch.zeros(2, 3)
+    assert torch.allclose(augment.stained(x, ones, none), x, atol=1e-5)
+    assert torch.allclose(augment.stained(x, 2 * ones, none), x**2, atol=1e-4)  # twice of every dye
+    dyes = torch.tensor(augment.DYES)
+    dyes = dyes / dyes.norm(dim=1, keepdim=True)
+    pure = (10 ** -(0.4 * dyes[0]))[None, :, None, None].expand(2, 3, 5, 4)  # haematoxylin alone
+    amounts = torch.tensor([[0.5, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    thinner, same = augment.stained(pure, amounts, none)
+    assert torch.allclose(thinner[:, 0, 0], 10 ** -(0.2 * dyes[0]), atol=1e-4)
+    assert torch.allclose(same, pure[1], atol=1e-4)
+    added = augment.stained(pure, ones, torch.tensor([[0.0, 0.3, 0.0]]).expand(2, 3))
+    assert torch.allclose(added[0, :, 0, 0], 10 ** -(0.4 * dyes[0] + 0.3 * dyes[1]), atol=1e-4)
+
+
+def test_the_stain_setting_changes_views_and_repeats():
+    images = torch.full((3, 72, 72, 3), 150, dtype=torch.uint8)
+    plain, turned, again = (views_of(images, **PLAIN, **more).global_ for more in ({}, {"stain": 0.3}, {"stain": 0.3}))
+    assert plain.std() < 1e-6
+    assert turned.std() > 0.02
+    assert torch.equal(turned, again)
+    with pytest.raises(InputError, match="stain=1.0 must be below 1"):
+        views_of(images, stain=1.0)

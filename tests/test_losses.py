@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pathfm.losses import dino_loss, entropy, moved_centre, sharpened
+from pathfm.losses import dino_loss, entropy, koleo, moved_centre, sharpened
 
 
 def logits(*shape, seed=0, scale=1.0):
@@ -87,3 +87,20 @@ def test_losses_are_float32_under_autocast_inputs():
     student, teacher = logits(3, 2, 8).bfloat16(), torch.softmax(logits(2, 2, 8), -1).float()
     assert dino_loss(student, teacher).dtype == torch.float32
     assert sharpened(student, torch.zeros(8), 0.04).dtype == torch.float32
+
+
+def test_koleo_equals_its_definition_written_out():
+    x = logits(7, 5, seed=4)
+    unit = [[v / math.hypot(*row) for v in row] for row in x.tolist()]
+    nearest = [min(math.dist(a, b) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)]
+    assert float(koleo(x)) == pytest.approx(-sum(map(math.log, nearest)) / 7, rel=1e-6)
+
+
+def test_koleo_pushes_the_nearest_two_apart_and_survives_two_alike():
+    x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.1]], dtype=torch.float64).requires_grad_()
+    koleo(x).backward()
+    moved = x.detach() - 0.1 * x.grad
+    assert torch.cosine_similarity(moved[:1], moved[1:2]) < torch.cosine_similarity(x[:1], x[1:2])
+    alike = torch.ones(4, 3).requires_grad_()
+    koleo(alike).backward()
+    assert torch.isfinite(alike.grad).all()

@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from pathfm import probe
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import Features
-from pathfm.scores import Prediction, interval, paired, scores, verdict
+from pathfm.scores import Prediction, interval, of_centres, paired, scores, share_closed, verdict
 
 
 def tile_table(label, patient=None, centre=None) -> pd.DataFrame:
@@ -244,3 +245,42 @@ def test_cross_validation_answers_every_tile_once_without_its_centre():
     assert (found.table["fold"] == found.table["centre"]).all()
     assert found.balanced_accuracy > 0.8
     assert probe.cross_validate(features, by="patient", n=3).settings["folds"] == 3
+
+
+def two_centres(said, seed=0, name="teacher"):
+    tiles = pd.DataFrame(
+        {"file": list("abcd"), "patient_id": list("ppqq"), "centre": ["1", "1", "2", "2"], "truth": list("xyxy")}
+    )
+    return Prediction(name, "linear", tiles.assign(predicted=list(said)), seed)
+
+
+def test_scores_on_some_centres_alone():
+    (only,) = of_centres([two_centres("xyyx")], ["1"])
+    assert only.balanced_accuracy == 1 and set(only.table["centre"]) == {"1"}
+    with pytest.raises(InputError, match="no test tile comes from centre 7"):
+        of_centres([two_centres("xyyx")], [7])
+
+
+def test_the_share_of_the_way_to_the_oracle():
+    start, oracle = two_centres("xxxx", name="start"), two_centres("xyxy", name="oracle")
+    halfway = share_closed([two_centres("xyxx")], [start], oracle)
+    assert halfway.value == pytest.approx(0.5)
+    assert share_closed([oracle], [start], oracle)[:3] == (1, 1, 1)
+    assert share_closed([start], [start], oracle)[:3] == (0, 0, 0)
+
+
+def test_the_pooling_that_validates_best_is_kept(monkeypatch, tmp_path):
+    import pathfm.features as features_module
+
+    quality = {"cls": 0.2, "mean": 0.9, "both": 0.5}
+
+    class Found:
+        def __init__(self, pool):
+            self.pool = pool
+
+    monkeypatch.setattr(features_module, "extract", lambda source, tiles, preprocess, pool, name, folder: Found(pool))
+    judge = lambda found: Prediction("f", "linear", pd.DataFrame(), settings={"validate": quality[found.pool]})  # noqa: E731
+    model = torch.nn.Identity()
+    model.cls_token = torch.zeros(1)
+    assert probe.pooled(model, None, probe=judge).pool == "mean"
+    assert probe.pooled(torch.nn.Identity(), None, probe=judge).pool == "mean"  # without CLS there is nothing else

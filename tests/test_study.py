@@ -6,6 +6,7 @@ import pytest
 
 from pathfm import Cohort, InputError, SlideIndex, TileSet, runs, study
 from pathfm.__main__ import main
+from pathfm.config import SMOKE
 from pathfm.export import load
 from pathfm.features import extract
 from pathfm.synthetic import labelled_tiles
@@ -127,7 +128,7 @@ def test_real_slides_go_from_file_to_features(real_data, tmp_path, capsys):
 def test_the_command_line_pretrains_embeds_and_probes(cohort, tmp_path, capsys):
     table = cohort.table.drop(columns="role")
     Cohort(table, "tiny").write(tmp_path / "tiny.csv")
-    settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**study.SMOKE, **TWO_STEPS}.items()]
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMOKE, **TWO_STEPS}.items()]
     settings = [text.replace("(1.0, 2.0)", "1,2") for text in settings]
     assert main(["pretrain", str(tmp_path / "tiny.csv"), str(tmp_path / "run"), *settings]) == 0
     teacher = capsys.readouterr().out.splitlines()[-1]
@@ -138,3 +139,43 @@ def test_the_command_line_pretrains_embeds_and_probes(cohort, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "png" / "tiles.csv")) == len(list((tmp_path / "png").glob("*.png"))) == 3
     assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz"), "--pool", "max"]) == 2
     assert "max" in capsys.readouterr().err
+
+
+def test_a_recipe_is_changed_by_text_and_refuses_what_it_does_not_know():
+    plain = study.config("demo")
+    assert study.config("demo", mpp="", steps=0) == plain
+    changed = study.config(
+        "demo", "koleo=0 global_scale=0.5,1 head_norm=True model=vit_tiny_patch16_224", steps=7, seed=3
+    )
+    assert (changed.koleo, changed.global_scale, changed.head_norm, changed.steps, changed.seed) == (
+        0,
+        (0.5, 1),
+        True,
+        7,
+        3,
+    )
+    assert changed.model == "vit_tiny_patch16_224"
+    with pytest.raises(InputError, match="recipe='dmeo' is unknown.*demo"):
+        study.config("dmeo")
+    with pytest.raises(InputError, match="no field 'kolio'.*koleo"):
+        study.config("demo", "kolio=1")
+    with pytest.raises(InputError, match="'koleo' is no name=value"):
+        study.config("demo", "koleo")
+
+
+def test_a_synthetic_cohort_is_asked_for_by_name_and_seed(monkeypatch):
+    monkeypatch.setattr(study, "make_cohort", lambda name, seed: (name, seed))
+    assert study.cohort("study") == ("study", 0)
+    assert study.cohort("development:11") == ("development", 11)
+    with pytest.raises(InputError, match="'developmnt:11' is neither.*development"):
+        study.cohort("developmnt:11")
+    with pytest.raises(InputError, match="neither"):
+        study.cohort("study:x")
+
+
+def test_new_centres_are_those_that_no_pretraining_slide_comes_from():
+    table = pd.DataFrame(
+        {"slide_id": list("abc"), "path": list("abc"), "centre": [1, 1, 2], "role": ["pretrain", "test", "test"]}
+    )
+    assert study.new_centres(Cohort(table)) == ["2"]
+    assert study.new_centres(Cohort(table.drop(columns="role"))) == []

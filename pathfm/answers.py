@@ -1,0 +1,75 @@
+"""Answers of probes as one table, a row a test tile: what a run records so that any contrast can be drawn later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from pathfm.errors import InputError
+from pathfm.scores import Prediction
+from pathfm.storage import atomic
+
+TILE = ("file", "slide_id", "patient_id", "centre", "truth")  # what is kept of a tile, where it is known
+FILE = "answers.csv"
+
+
+def table(predictions: Iterable[Prediction]) -> pd.DataFrame:
+    """A row a tile: what is known of it, then a column "<features>|<probe>|<seed>" of answers for each prediction.
+
+    Raises InputError where two were tested on different tiles.
+    """
+    predictions = list(predictions)
+    first = predictions[0].table
+    wide = first[[name for name in TILE if name in first]].reset_index(drop=True)
+    for one in predictions:
+        if list(one.table["file"]) != list(wide["file"]):
+            raise InputError(
+                f"{one.name} was tested on other tiles than {predictions[0].name}; probe both on one TileSet"
+            )
+        wide[f"{one.name}|{one.probe}|{one.seed}"] = one.table["predicted"].to_numpy(str)
+    return wide
+
+
+def write(folder: str | Path, predictions: Iterable[Prediction]) -> None:
+    """`table` as <folder>/answers.csv, for a sweep to collect; an empty folder name writes nothing."""
+    if folder:
+        write_table(Path(folder) / FILE, table(predictions))
+
+
+def write_table(path: Path, wide: pd.DataFrame) -> Path:
+    """`wide` as a CSV file, whole or not at all."""
+    with atomic(path, "w") as file:
+        wide.to_csv(file, index=False)
+    return path
+
+
+def merged(folders: Iterable[Path]) -> pd.DataFrame | None:
+    """The answers of several runs side by side; None where none wrote any. Columns that agree are kept once.
+
+    Raises InputError where runs were tested on different tiles, or give one name two meanings.
+    """
+    tables = [pd.read_csv(folder / FILE, dtype=str) for folder in folders if (folder / FILE).is_file()]
+    if not tables:
+        return None
+    wide = tables[0]
+    for other in tables[1:]:
+        known = [name for name in other if name in wide]
+        if len(other) != len(wide) or not other[known].equals(wide[known]):
+            differ = next((name for name in known if list(other[name]) != list(wide[name])), "file")
+            raise InputError(f"runs of one sweep differ in '{differ}'; they were not tested alike")
+        wide = wide.join(other.drop(columns=known))
+    return wide
+
+
+def read(wide: pd.DataFrame) -> dict[str, list[Prediction]]:
+    """The predictions of a `table`, by name of the features; those of one name differ in their seed."""
+    about = [name for name in wide if "|" not in name]
+    found: dict[str, list[Prediction]] = {}
+    for column in wide:
+        if "|" in column:
+            name, probe, seed = column.split("|")
+            rows = wide[about].assign(predicted=wide[column])
+            found.setdefault(name, []).append(Prediction(name, probe, rows, int(seed)))
+    return found
