@@ -202,21 +202,7 @@ def test_a_mimic_differs_in_its_own_family_alone(index):
         assert {name for name in own if own[name] != painter[name]} == set(mimic.own)
 
 
-CLIPPED = {  # a parameter's bound leaves less of the cue at strong than at default
-    0: "strong fine cues double the crypts' own chromatin, nucleoli and outline; the mimic stops at their bounds",
-    3: "fibre_wave and fascicle_um stop at their bounds",
-}
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        pytest.param(
-            k, id=MIMIC_IDS[k], marks=[pytest.mark.xfail(reason=CLIPPED[k], strict=True)] if k in CLIPPED else []
-        )
-        for k in range(len(MIMICS))
-    ],
-)
+@pytest.mark.parametrize("index", range(len(MIMICS)), ids=MIMIC_IDS)
 def test_the_cues_of_a_mimic_grow_with_the_knob(index):
     off, default, strong = (gap(index, Knobs(**{MIMICS[index].family: setting})) for setting in appearance.SETTINGS)
     assert (off == 0).all() and (default > 0).all()
@@ -396,7 +382,7 @@ def best_guess(specs: list[slides.SlideSpec], fact) -> float:
     return float((at.T @ shows / shows.sum(0)).max(1).sum() / len(CLASSES))
 
 
-@pytest.mark.parametrize("design, most", [("study", 0.13), ("development", 0.13), ("bags", 0.125), ("embedded", 0.16)])
+@pytest.mark.parametrize("design, most", [("study", 0.13), ("development", 0.13), ("bags", 0.125), ("embedded", 0.14)])
 def test_resolution_and_pyramid_predict_no_class(design, most):
     """Of 24 slides a third is fine and a fifth lacks each class: there the crossing cannot be exact."""
     assert best_guess(cohorts.specs(design), lambda spec: (spec.mpp, spec.pyramid)) <= most + 1e-9

@@ -134,7 +134,7 @@ MIMICS = (
     # Bland cells: those of crypts, but glands back to back and cribriform.
     Mimic("tumour", "normal", "coarse_cues", (6, 1), {"crowding": 1.0}),
     # Fibromatosis: the nuclei and fibres of muscle, but in long waves, without fascicles.
-    Mimic("stroma", "muscle", "coarse_cues", (4, 2), {"fascicle_um": 800.0, "fibre_wave": 1.5}),
+    Mimic("stroma", "muscle", "coarse_cues", (4, 2), {"fascicle_um": 390.0, "fibre_wave": 1.5}),
 )
 _TAG = {name: index for index, name in enumerate(("tissue", "stain", "scanner", "shares", "labels", "variant"))}
 _LEVEL = {name: index for index, name in enumerate(("centre", "patient", "slide", "region", "nucleus"))}

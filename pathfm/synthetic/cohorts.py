@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -91,6 +92,7 @@ def specs(name: str, seed: int = 0, knobs: Knobs | None = None) -> list[SlideSpe
 
 def _specs(name: str, design: Design, seed: int, knobs: Knobs) -> Iterator[SlideSpec]:
     patient = slide = 0
+    drawn = Counter()  # classes are lacking in turn within a resolution and pyramid: these predict none
     spoilt = _SPOILT[knobs.artefacts]
     for centre, roles in enumerate(design.roles):
         within = 0
@@ -103,14 +105,16 @@ def _specs(name: str, design: Design, seed: int, knobs: Knobs) -> Iterator[Slide
                 origin = Origin(seed, centre, len(design.roles), patient, slide)
                 rng = np.random.default_rng([seed, 900, slide])
                 width, height = (16 * round(side / mpp / 16) for side in rng.uniform(*design.side_um, 2))
-                lacks = _OPTIONAL[slide % len(_OPTIONAL)]
+                pyramid = ("1-4-16", "1-2-4-8")[seen[mpp] % 2]
+                lacks = _OPTIONAL[drawn[mpp, pyramid] % len(_OPTIONAL)]
+                drawn[mpp, pyramid] += 1
                 yield SlideSpec(
                     slide_id=f"{name}-{slide:03d}",
                     origin=origin,
                     mpp=mpp,
                     width_px=width,
                     height_px=height,
-                    pyramid=("1-4-16", "1-2-4-8")[seen[mpp] % 2],
+                    pyramid=pyramid,
                     kind=KINDS[rng.choice(len(KINDS), p=[0.5, 0.3, 0.2])],
                     absent=(lacks,) if lacks else (),
                     artefacts=spoilt[slide % len(spoilt)],

@@ -166,7 +166,7 @@ def plan_normal(ground: Ground) -> None:
 def _packed(region: Region) -> tuple[np.ndarray, np.ndarray]:
     """Glands of a crypt's size back to back, some of them cribriform: depth into epithelium and into lumen, um."""
     p = region.params
-    packed = replace(p, gland_um=1.35 * p.crypt_um, septa_um=10.0, cribriform=min(0.6 * p.crowding, 1.0))
+    packed = replace(p, gland_um=1.35 * p.crypt_um, septa_um=10.0, cribriform=min(0.8 * p.crowding, 1.0))
     return glands(replace(region, params=packed), 1.0)[:2]
 
 

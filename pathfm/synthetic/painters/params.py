@@ -31,9 +31,9 @@ class TissueParams:
     mitoses: float = _p(12.0, 0.6, "mitotic figures per mm2 of tumour", "cell", low=0.0, high=200.0)
     variation: float = _p(1.0, 0.0, "nucleus to nucleus spread of size, form and darkness", "cell", low=0.0, high=2.0)
     # below 2 um
-    chromatin: float = _p(1.0, 0.25, "grain of the chromatin", "fine", low=0.0, high=2.5)
-    nucleoli: float = _p(1.0, 0.4, "nucleoli per epithelial nucleus", "fine", low=0.0, high=4.0)
-    outline: float = _p(1.0, 0.2, "irregularity of the nuclear outline", "fine", low=0.0, high=3.0)
+    chromatin: float = _p(1.0, 0.25, "grain of the chromatin", "fine", low=0.0, high=5.0)
+    nucleoli: float = _p(1.0, 0.4, "nucleoli per epithelial nucleus", "fine", low=0.0, high=9.0)
+    outline: float = _p(1.0, 0.2, "irregularity of the nuclear outline", "fine", low=0.0, high=6.0)
     # epithelial architecture
     gland_um: float = _p(130.0, 0.18, "spacing of tumour glands or nests", "coarse", low=50.0, high=400.0)
     gland_form: float = _p(0.7, 0.2, "0 solid sheets, 1 open glands", "coarse", False, 0.0, 1.0)
@@ -48,7 +48,7 @@ class TissueParams:
         1.0, 0.5, "lymphocytes and plasma cells outside lymphoid tissue", "cell", low=0.0, high=6.0
     )
     fibre_um: float = _p(1.0, 0.15, "thickness of collagen and muscle fibres", "cell", low=0.4, high=2.5)
-    fibre_wave: float = _p(1.0, 0.3, "waviness of collagen", "coarse", low=0.0, high=3.0)
+    fibre_wave: float = _p(1.0, 0.3, "waviness of collagen", "coarse", low=0.0, high=6.0)
     fascicle_um: float = _p(110.0, 0.2, "width of a muscle fascicle", "coarse", low=40.0, high=900.0)
     looseness: float = _p(0.5, 0.2, "clefts and oedema between fibres", "cell", False, 0.0, 1.0)
     vessels: float = _p(1.0, 0.3, "vessels per area of stroma", "coarse", low=0.0, high=4.0)
