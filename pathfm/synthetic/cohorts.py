@@ -25,6 +25,7 @@ from pathfm.synthetic.layout import KINDS
 from pathfm.synthetic.slides import SlideSpec, is_made, make_slide
 
 _OPTIONAL = ("necrosis", "mucus", "adipose", "muscle", None)  # which class a slide lacks, in turn
+_PYRAMIDS = {"1-4-16": 4, "1-2-4-8": 1}  # and where in _OPTIONAL each begins, so that every role shows every class
 # Artefacts of the slides in turn; the length is coprime to every other cycle.
 _SPOILT = {
     "off": ((),),
@@ -105,8 +106,8 @@ def _specs(name: str, design: Design, seed: int, knobs: Knobs) -> Iterator[Slide
                 origin = Origin(seed, centre, len(design.roles), patient, slide)
                 rng = np.random.default_rng([seed, 900, slide])
                 width, height = (16 * round(side / mpp / 16) for side in rng.uniform(*design.side_um, 2))
-                pyramid = ("1-4-16", "1-2-4-8")[seen[mpp] % 2]
-                lacks = _OPTIONAL[drawn[mpp, pyramid] % len(_OPTIONAL)]
+                pyramid = tuple(_PYRAMIDS)[seen[mpp] % 2]
+                lacks = _OPTIONAL[(_PYRAMIDS[pyramid] + drawn[mpp, pyramid]) % len(_OPTIONAL)]
                 drawn[mpp, pyramid] += 1
                 yield SlideSpec(
                     slide_id=f"{name}-{slide:03d}",
