@@ -21,7 +21,7 @@ from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
 from pathfm.features import Features, extract
 from pathfm.metrics import balanced_accuracy
-from pathfm.runs import notebooks_dir, provenance, write_results
+from pathfm.runs import provenance, results_dir, write_results
 from pathfm.scores import Prediction, n_patients
 from pathfm.slide import Slide
 from pathfm.storage import progress
@@ -274,7 +274,7 @@ def record(seeds: list[int], workers: int | None = None) -> pd.DataFrame:
 
 def recorded() -> pd.DataFrame:
     """results/instrument.csv; no rows where it does not exist."""
-    path = notebooks_dir().parent / "results" / "instrument.csv"
+    path = results_dir() / "instrument.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["seed", "generator"])
 
 

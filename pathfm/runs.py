@@ -87,6 +87,11 @@ def notebooks_dir() -> Path:
     return root / "notebooks"
 
 
+def results_dir() -> Path:
+    """The folder of recorded tables."""
+    return notebooks_dir().parent / "results"
+
+
 def notebook_path(name: str | Path) -> Path:
     """The path of a notebook given as a path or a name such as 03_pretraining."""
     path = Path(name)
@@ -272,7 +277,7 @@ def record(folder: str | Path, **metrics: Scalar) -> None:
 
 def write_results(name: str, table) -> Path:
     """A sweep's table, each row with its own provenance, as results/<name>.csv, whole or not at all."""
-    path = notebooks_dir().parent / "results" / f"{name}.csv"
+    path = results_dir() / f"{name}.csv"
     with atomic(path, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
     return path

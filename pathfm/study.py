@@ -21,7 +21,7 @@ from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
-from pathfm.runs import code_hash, notebooks_dir
+from pathfm.runs import code_hash, results_dir
 from pathfm.scores import Prediction
 from pathfm.storage import cache_dir
 from pathfm.stream import TileStream
@@ -252,7 +252,7 @@ def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
 
 def recorded_answers(name: str) -> dict[str, list[Prediction]]:
     """What the probes of a recorded sweep answered, by features, a seed each; empty where results are not current."""
-    path = notebooks_dir().parent / "results" / f"{name}_answers.csv"
+    path = results_dir() / f"{name}_answers.csv"
     if not path.is_file() or not len(recorded(name)):
         return {}
     return answers.read(pd.read_csv(path, dtype=str))
@@ -260,7 +260,7 @@ def recorded_answers(name: str) -> dict[str, list[Prediction]]:
 
 def recorded(name: str) -> pd.DataFrame:
     """results/<name>.csv without the rows of another generator, whose slides were others; says what it refuses."""
-    path = notebooks_dir().parent / "results" / f"{name}.csv"
+    path = results_dir() / f"{name}.csv"
     again = f"`make sweep NAME={name}` runs and records it"
     if not path.is_file():
         print(f"Nothing is recorded yet: {again}.")
