@@ -53,7 +53,7 @@ def sweep(
     grid      replaces the file's grid, such as one without the mpp that a cohort cannot serve
     override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
 
-    `attrs["answers"]` of the table holds the answers of the points' probes, where they wrote any: see pathfm.answers.
+    Where points differ in nothing but their seed, `attrs["answers"]` holds what their probes answered: pathfm.answers.
 
     A point is finished when its notebook ran to the end; a killed sweep goes on where it stopped. A failing point does
     not stop the others and is raised at the end. Raises InputError for a parameter the notebook does not declare.
@@ -74,7 +74,7 @@ def sweep(
         raise InputError(f"{len(failures)} of {len(points)} points stopped:\n  " + "\n  ".join(failures))
     rows = [{**point, **read_json(path / "metrics.json")} for point, path in zip(points, folders, strict=True)]
     table = pd.DataFrame(rows)
-    table.attrs["answers"] = answers.merged(folders)
+    table.attrs["answers"] = answers.merged(folders) if list(spec["grid"]) == ["seed"] else None
     return table
 
 
