@@ -218,3 +218,17 @@ def test_progress_is_silent_where_output_is_stored(monkeypatch, capsys):
     for _ in storage.progress(range(2), desc="slides"):
         time.sleep(0.01)
     assert "slides" in capsys.readouterr().err
+
+
+def test_a_sweep_over_seeds_alone_collects_the_answers(tmp_path):
+    said = (
+        "from pathfm import answers, runs, scores; import pandas as pd\n"
+        "tiles = pd.DataFrame({'file': ['a', 'b'], 'truth': ['x', 'y'], 'predicted': ['x', 'x']})\n"
+        "answers.write(run, [scores.Prediction('teacher', 'linear', tiles, seed)]); runs.record(run, score=1)"
+    )
+    parameters = "seed: int = 0\nrun: str = ''\nrate: float = 0.5"
+    book = write_notebook(tmp_path / "toy.ipynb", said, parameters=parameters)
+    table = sweeps.sweep(sweep_file(tmp_path, book, {"seed": [0, 1]}), tmp_path / "seeds", workers=1)
+    assert list(table.attrs["answers"]) == ["file", "truth", "teacher|linear|0", "teacher|linear|1"]
+    table = sweeps.sweep(sweep_file(tmp_path, book, {"rate": [0.1]}), tmp_path / "rates", workers=1)
+    assert table.attrs["answers"] is None
