@@ -487,7 +487,7 @@ def test_numbers_outside_their_limits_are_named():
 def test_records_of_other_seeds_stay_and_those_of_another_generator_go(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     for module in ("pathfm.instrument", "pathfm.runs"):
-        monkeypatch.setattr(f"{module}.notebooks_dir", lambda: tmp_path / "notebooks")
+        monkeypatch.setattr(f"{module}.results_dir", lambda: tmp_path / "results")
     for generator in ("1-old", "1-new"):
         monkeypatch.setattr(instrument, "measure", lambda seed, workers, g=generator: measured(seed, g))
         table = instrument.record([12, 11] if generator == "1-old" else [12])
