@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pathfm.errors import InputError
-from pathfm.scores import Prediction
+from pathfm.scores import Prediction, same_tiles
 from pathfm.storage import atomic
 
 TILE = ("file", "slide_id", "patient_id", "centre", "truth")  # what is kept of a tile, where it is known
@@ -24,10 +24,7 @@ def table(predictions: Iterable[Prediction]) -> pd.DataFrame:
     first = predictions[0].table
     wide = first[[name for name in TILE if name in first]].reset_index(drop=True)
     for one in predictions:
-        if list(one.table["file"]) != list(wide["file"]):
-            raise InputError(
-                f"{one.name} was tested on other tiles than {predictions[0].name}; probe both on one TileSet"
-            )
+        same_tiles(predictions[0], one)
         wide[f"{one.name}|{one.probe}|{one.seed}"] = one.table["predicted"].to_numpy(str)
     return wide
 

@@ -9,16 +9,18 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from skimage.color import rgb_from_hed
 from torch import Generator, Tensor
 
 from pathfm.config import PretrainConfig
 
 RATIO = (3 / 4, 4 / 3)  # width over height of a crop; torchvision's default, which DINO uses
 GRAY = (0.2989, 0.587, 0.114)
-# Optical density in R, G, B of haematoxylin, eosin and DAB: Ruifrok & Johnston 2001, as scikit-image has them.
-DYES = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+# Optical density in R, G, B of haematoxylin, eosin and DAB: Ruifrok & Johnston 2001.
+DYES = rgb_from_hed.astype(np.float32)
 
 
 class Views(NamedTuple):
@@ -212,9 +214,9 @@ def stained(x: Tensor, amounts: Tensor, offsets: Tensor) -> Tensor:
     dyes = x.new_tensor(DYES)
     dyes = dyes / dyes.norm(dim=1, keepdim=True)
     mix = dyes.inverse() @ (amounts[:, :, None] * dyes)
-    density = -x.clamp(min=1 / 255).log10()
-    changed = torch.einsum("nchw,ncd->ndhw", density, mix) + (offsets @ dyes)[:, :, None, None]
-    return (10**-changed).clamp(0, 1)
+    added = -math.log(10) * (offsets @ dyes)[:, :, None]
+    light = x.clamp(min=1 / 255).log().flatten(2)  # minus the density, in natural units: exp is quicker than pow
+    return torch.baddbmm(added, mix.mT, light).exp().clamp(0, 1).unflatten(2, x.shape[2:])
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:

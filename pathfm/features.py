@@ -102,6 +102,26 @@ def extract(
     return Features(name or extractor.name, np.load(path, mmap_mode="r"), tiles, provenance)
 
 
+def pools(features: Features) -> list[Features]:
+    """CLS, mean and both, in the order of POOLS, from features of pool "both": one pass makes the three.
+
+    Features of another pool come back alone. The pool is added to the name.
+    """
+    pool, d = features.provenance["pool"], features.x.shape[1] // 2
+    parts = (
+        {"cls": slice(None, d), "mean": slice(d, None), "both": slice(None)} if pool == "both" else {pool: slice(None)}
+    )
+    return [
+        replace(
+            features,
+            name=f"{features.name} ({part})",
+            x=features.x[:, columns],
+            provenance={**features.provenance, "pool": part},
+        )
+        for part, columns in parts.items()
+    ]
+
+
 def random_twin(model: nn.Module, seed: int = 0) -> nn.Module:
     """The same architecture with weights drawn anew by its own initialisation: the floor of every backbone."""
     twin = copy.deepcopy(model).cpu()

@@ -21,11 +21,11 @@ from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
 from pathfm.features import Features, extract
 from pathfm.metrics import balanced_accuracy
-from pathfm.runs import provenance, results_dir, write_results
+from pathfm.runs import read_results, stamp, write_results
 from pathfm.scores import Prediction, n_patients
 from pathfm.slide import Slide
 from pathfm.storage import progress
-from pathfm.synthetic import CLASSES, generator_hash, labelled_tiles, make_cohort, slide_oracle, tile_oracle
+from pathfm.synthetic import CLASSES, labelled_tiles, make_cohort, slide_oracle, tile_oracle
 
 TILE_PX, MPP = 224, 0.5
 # Lowest and highest balanced accuracy, mean over centres, that the cohort may have.
@@ -247,10 +247,8 @@ def measure(seed: int, workers: int | None = None) -> pd.DataFrame:
     """`ceilings` of the cohort "development" drawn with `seed`, each row with where it comes from."""
     start = time.monotonic()
     table = ceilings(make_cohort("development", seed=seed, workers=workers))
-    facts = provenance()
     table.insert(0, "seed", seed)
-    stamp = {name: facts[name] for name in ("commit", "date", "device", "generator")}
-    return table.assign(seconds=round(time.monotonic() - start, 1), **stamp)
+    return table.assign(seconds=round(time.monotonic() - start, 1), **stamp())
 
 
 def record(seeds: list[int], workers: int | None = None) -> pd.DataFrame:
@@ -265,22 +263,11 @@ def record(seeds: list[int], workers: int | None = None) -> pd.DataFrame:
     threadpool_limits(1)
     for seed in seeds:
         found = measure(seed, workers)
-        kept = recorded()
-        kept = kept[(kept["seed"] != seed) & (kept["generator"] == found["generator"].iloc[0])]
+        kept = read_results("instrument")[0]
+        kept = kept[kept["seed"] != seed] if len(kept) else kept
         table = pd.concat([kept, found] if len(kept) else [found]).sort_values("seed", kind="stable")
         write_results("instrument", table)
-    return recorded()
-
-
-def recorded() -> pd.DataFrame:
-    """results/instrument.csv; no rows where it does not exist."""
-    path = results_dir() / "instrument.csv"
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["seed", "generator"])
-
-
-def is_current(table: pd.DataFrame) -> bool:
-    """Whether every row was measured with the generator that there is now."""
-    return len(table) > 0 and table["generator"].str.endswith(f"-{generator_hash()}").all()
+    return read_results("instrument")[0]
 
 
 def _mean_over_centres(answer: Prediction) -> float:

@@ -103,14 +103,12 @@ def pooled(
     model  a backbone with its `preprocess`, or the folder of an export
     """
     from pathfm.export import load
-    from pathfm.features import POOLS, extract
+    from pathfm.features import extract, pools
 
-    if isinstance(model, (str, Path)):
-        source, (network, _) = str(model), load(model)
-    else:
-        source = network = model
-    pools = POOLS if getattr(network, "cls_token", None) is not None else ("mean",)
-    found = [extract(source, tiles, preprocess, pool, f"{name} ({pool})", folder) for pool in pools]
+    network = load(model)[0] if isinstance(model, (str, Path)) else model
+    source = str(model) if isinstance(model, (str, Path)) else model
+    pool = "both" if getattr(network, "cls_token", None) is not None else "mean"
+    found = pools(extract(source, tiles, preprocess, pool, name, folder))
     return max(found, key=lambda features: probe(features).settings["validate"])
 
 

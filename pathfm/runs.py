@@ -37,6 +37,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def stamp() -> dict[str, str]:
+    """What stands in every row of results/: commit, date, device, generator."""
+    facts = provenance()
+    return {name: facts[name] for name in ("commit", "date", "device", "generator")}
+
+
 def commit() -> str:
     """The short commit of the checkout, with '+' when pathfm/ or sweeps/ differ from it; 'unknown' without git."""
     root = checkout()
@@ -228,8 +234,8 @@ def run_study(profile: str = "smoke", cohort: str = "", out: str | Path | None =
 
         cohort = str(Path(cohort).expanduser().resolve()) if cohort.endswith(".csv") else cohort
         figures = figures / study.cohort(cohort).name
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    out = Path(out) if out else checkout() / "runs" / f"{stamp}-{profile}"
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    out = Path(out) if out else checkout() / "runs" / f"{now}-{profile}"
     failures, seconds = [], {}
     books = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
     bar = progress(books, desc="study", unit="notebook")
@@ -281,6 +287,23 @@ def write_results(name: str, table) -> Path:
     with atomic(path, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
     return path
+
+
+def read_results(name: str) -> tuple[Any, int]:
+    """results/<name>.csv: the rows of the generator that there is now, and how many others there are.
+
+    Rows of another generator tell of other slides and are never mixed. No file is no rows.
+    """
+    import pandas as pd
+
+    from pathfm.synthetic import GENERATOR_VERSION, generator_hash
+
+    path = results_dir() / f"{name}.csv"
+    if not path.is_file():
+        return pd.DataFrame(), 0
+    table = pd.read_csv(path)
+    current = table["generator"] == f"{GENERATOR_VERSION}-{generator_hash()}"
+    return table[current].reset_index(drop=True), int((~current).sum())
 
 
 def store(name: str | Path) -> Path:

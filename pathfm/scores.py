@@ -100,7 +100,7 @@ def paired(
     differ.
     """
     a, b = _as_runs(a), _as_runs(b)
-    _same_tiles(a[0], b[0])
+    same_tiles(a[0], b[0])
     weights, seeds_a = _draws(a, resamples, seed)
     same_seeds = [run.seed for run in a] == [run.seed for run in b]
     seeds_b = seeds_a if same_seeds else _draws(b, resamples, seed + 1)[1]
@@ -123,7 +123,7 @@ def share_closed(
     """
     teacher, start, top = _as_runs(teacher), _as_runs(start), _as_runs(oracle)
     for other in (start, top):
-        _same_tiles(teacher[0], other[0])
+        same_tiles(teacher[0], other[0])
     weights, seeds = _draws(teacher, resamples, seed)
     low = _drawn_means(start, weights, seeds if len(start) == len(teacher) else _draws(start, resamples, seed + 1)[1])
     way = _drawn_means(top, weights, np.ones((resamples, 1))) - low
@@ -231,11 +231,12 @@ def _as_runs(predictions: Prediction | Sequence[Prediction]) -> list[Prediction]
     if len({run.seed for run in runs}) < len(runs):
         raise InputError(f"{runs[0].name} ({runs[0].probe}) has two predictions of one seed; give each its own")
     for run in runs[1:]:
-        _same_tiles(runs[0], run)
+        same_tiles(runs[0], run)
     return runs
 
 
-def _same_tiles(a: Prediction, b: Prediction) -> None:
+def same_tiles(a: Prediction, b: Prediction) -> None:
+    """Raises InputError unless both answered the same tiles, in one order."""
     same = len(a.table) == len(b.table) and all(
         np.array_equal(a.table[column], b.table[column]) for column in ("file", "truth")
     )

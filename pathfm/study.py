@@ -21,11 +21,11 @@ from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
-from pathfm.runs import code_hash, results_dir
+from pathfm.runs import code_hash, read_results, results_dir
 from pathfm.scores import Prediction
 from pathfm.storage import cache_dir
 from pathfm.stream import TileStream
-from pathfm.synthetic import GENERATOR_VERSION, embedded, generator_hash, labelled_tiles, make_cohort
+from pathfm.synthetic import embedded, labelled_tiles, make_cohort
 from pathfm.synthetic.cohorts import DESIGNS
 from pathfm.synthetic.slides import sidecar
 
@@ -260,13 +260,11 @@ def recorded_answers(name: str) -> dict[str, list[Prediction]]:
 
 def recorded(name: str) -> pd.DataFrame:
     """results/<name>.csv without the rows of another generator, whose slides were others; says what it refuses."""
-    path = results_dir() / f"{name}.csv"
+    table, refused = read_results(name)
     again = f"`make sweep NAME={name}` runs and records it"
-    if not path.is_file():
+    if refused:
+        total = refused + len(table)
+        print(f"{refused} of {total} rows were recorded on another generator and are refused; {again}.")
+    elif table.empty:
         print(f"Nothing is recorded yet: {again}.")
-        return pd.DataFrame()
-    table = pd.read_csv(path)
-    current = table["generator"] == f"{GENERATOR_VERSION}-{generator_hash()}"
-    if not current.all():
-        print(f"{(~current).sum()} of {len(table)} rows were recorded on another generator and are refused; {again}.")
-    return table[current].reset_index(drop=True)
+    return table

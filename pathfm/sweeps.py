@@ -15,7 +15,7 @@ from typing import Any
 
 from pathfm import answers
 from pathfm.errors import InputError, nearest
-from pathfm.runs import Scalar, check_parameters, code_hash, notebook_path, notebooks_dir, provenance, record
+from pathfm.runs import Scalar, check_parameters, code_hash, notebook_path, notebooks_dir, record, stamp
 from pathfm.storage import progress, read_json, write_json
 
 
@@ -109,9 +109,7 @@ def _run_point(notebook: str, parameters: dict, folder: Path) -> str:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
     if not (folder / "metrics.json").exists():
         return f"{notebook} recorded no metrics"
-    facts = provenance()
-    stamp = {name: facts[name] for name in ("commit", "date", "device", "generator")}
-    record(folder, seconds=round(time.monotonic() - start, 1), **stamp)
+    record(folder, seconds=round(time.monotonic() - start, 1), **stamp())
     return ""
 
 

@@ -9,6 +9,8 @@ import pandas as pd
 import tifffile
 
 from pathfm.cohort import Cohort
+from pathfm.synthetic import slides
+from pathfm.synthetic.appearance import Origin
 
 
 def shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
@@ -44,3 +46,9 @@ def tissue_pixels(width: int = 512, height: int = 512, seed: int = 0) -> np.ndar
 def cohort_of(paths: dict[str, object], **columns) -> Cohort:
     """A Cohort of slide_id -> path."""
     return Cohort(pd.DataFrame({"slide_id": list(paths), "path": [str(p) for p in paths.values()], **columns}))
+
+
+def small_spec(**changes) -> slides.SlideSpec:
+    """A synthetic slide of 320 x 256 um."""
+    fields = {"mpp": 0.5, "width_px": 640, "height_px": 512}
+    return slides.SlideSpec("one", Origin(0, 0, 2, 0, 0), **{**fields, **changes})

@@ -269,18 +269,24 @@ def test_the_share_of_the_way_to_the_oracle():
     assert share_closed([start], [start], oracle)[:3] == (0, 0, 0)
 
 
-def test_the_pooling_that_validates_best_is_kept(monkeypatch, tmp_path):
+def test_the_pooling_that_validates_best_is_kept(monkeypatch):
     import pathfm.features as features_module
 
-    quality = {"cls": 0.2, "mean": 0.9, "both": 0.5}
+    quality, asked = {"cls": 0.2, "mean": 0.9, "both": 0.5}, []
+    features = study()
 
-    class Found:
-        def __init__(self, pool):
-            self.pool = pool
+    def extract(source, tiles, preprocess, pool, name, folder):
+        asked.append(pool)
+        return replace(features, name=name, provenance={"pool": pool})
 
-    monkeypatch.setattr(features_module, "extract", lambda source, tiles, preprocess, pool, name, folder: Found(pool))
-    judge = lambda found: Prediction("f", "linear", pd.DataFrame(), settings={"validate": quality[found.pool]})  # noqa: E731
+    def judge(found):
+        return Prediction("f", "linear", pd.DataFrame(), settings={"validate": quality[found.provenance["pool"]]})
+
+    monkeypatch.setattr(features_module, "extract", extract)
     model = torch.nn.Identity()
     model.cls_token = torch.zeros(1)
-    assert probe.pooled(model, None, probe=judge).pool == "mean"
-    assert probe.pooled(torch.nn.Identity(), None, probe=judge).pool == "mean"  # without CLS there is nothing else
+    best = probe.pooled(model, None, name="ours", probe=judge)
+    assert best.name == "ours (mean)" and asked == ["both"]  # one pass over the tiles
+    assert np.array_equal(best.x, features.x[:, features.x.shape[1] // 2 :])
+    assert probe.pooled(torch.nn.Identity(), None, probe=judge).name.endswith("(mean)")  # without CLS
+    assert asked[1:] == ["mean"]

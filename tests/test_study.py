@@ -95,7 +95,7 @@ def test_a_finished_run_is_read_back_and_an_unfinished_one_refused(cohort, tmp_p
 
 
 def test_recorded_rows_of_another_generator_are_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(study, "results_dir", lambda: tmp_path / "results")
+    monkeypatch.setattr("pathfm.runs.results_dir", lambda: tmp_path / "results")
     assert study.recorded("toy").empty
     assert "Nothing is recorded yet: `make sweep NAME=toy`" in capsys.readouterr().out
     (tmp_path / "results").mkdir()
@@ -181,7 +181,8 @@ def test_new_centres_are_those_that_no_pretraining_slide_comes_from():
 
 
 def test_answers_are_read_where_their_sweep_is_current(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(study, "results_dir", lambda: tmp_path)
+    for module in ("runs", "study"):
+        monkeypatch.setattr(f"pathfm.{module}.results_dir", lambda: tmp_path)
     assert study.recorded_answers("toy") == {}
     tiles = {"file": ["a", "b"], "patient_id": ["p", "q"], "truth": ["x", "y"], "teacher|linear|0": ["x", "x"]}
     pd.DataFrame(tiles).to_csv(tmp_path / "toy_answers.csv", index=False)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
+from skimage.color import rgb_from_hed
 
 from pathfm.cohort import Cohort
 from pathfm.errors import InputError
@@ -17,8 +18,6 @@ from pathfm.synthetic.tiles import pure_positions
 from pathfm.synthetic.truth import Truth
 
 WHITE = 243.0  # grey level without any dye
-# Ruifrok & Johnston 2001, as in skimage.color.hed_from_rgb: unit optical densities of haematoxylin, eosin, rest.
-RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 _TEXTBOOK = "typical textbook range (Young et al., Wheater's Functional Histology)"
 _ROSS = "typical textbook range (Ross & Pawlina, Histology: A Text and Atlas)"
@@ -67,7 +66,7 @@ def optical_density(rgb: np.ndarray) -> tuple[float, float]:
     Unmixed with Ruifrok and Johnston's vectors, for every image alike: not with those it was drawn with.
     """
     density = -np.log10(np.clip(np.asarray(rgb, float) / WHITE, 1 / 255, 1))
-    vectors = RUIFROK / np.linalg.norm(RUIFROK, axis=1, keepdims=True)
+    vectors = rgb_from_hed / np.linalg.norm(rgb_from_hed, axis=1, keepdims=True)
     amounts = np.clip(density.reshape(-1, 3) @ np.linalg.inv(vectors), 0, None)
     return float(amounts[:, 0].mean()), float(amounts[:, 1].mean())
 
