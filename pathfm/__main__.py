@@ -68,18 +68,20 @@ class Sweep:
     """run the missing points of sweeps/<name>.yaml and write results/<name>.csv, and its answers where it has some"""
 
     name: str
+    base: str = setting("", "parameters to replace in every point, such as 'steps=10 real=tiles/oral'")
     workers: int = setting(0, "points at a time; the number of cores when 0")
 
     def __call__(self) -> None:
         from pathfm import answers
         from pathfm.runs import write_results
+        from pathfm.study import parsed
         from pathfm.sweeps import sweep
 
-        table = sweep(self.name, workers=self.workers or None)
+        table = sweep(self.name, workers=self.workers or None, **parsed(self.base))
         path = write_results(self.name, table)
         print(path)
-        if table.attrs["answers"] is not None:
-            print(answers.write_table(path.with_name(f"{self.name}_answers.csv"), table.attrs["answers"]))
+        for name, wide in table.attrs.get("answers", {}).items():
+            print(answers.write_table(path.with_name(f"{self.name}_{name}.csv"), wide))
 
 
 @dataclass(frozen=True)

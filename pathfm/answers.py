@@ -11,8 +11,8 @@ from pathfm.errors import InputError
 from pathfm.scores import Prediction, same_tiles
 from pathfm.storage import atomic
 
-TILE = ("file", "slide_id", "patient_id", "centre", "truth")  # what is kept of a tile, where it is known
-FILE = "answers.csv"
+# What is kept of a tile, where it is known.
+TILE = ("file", "slide_id", "patient_id", "centre", "magnification", "truth")
 
 
 def table(predictions: Iterable[Prediction]) -> pd.DataFrame:
@@ -29,10 +29,10 @@ def table(predictions: Iterable[Prediction]) -> pd.DataFrame:
     return wide
 
 
-def write(folder: str | Path, predictions: Iterable[Prediction]) -> None:
-    """`table` as <folder>/answers.csv, for a sweep to collect; an empty folder name writes nothing."""
+def write(folder: str | Path, predictions: Iterable[Prediction], name: str = "answers") -> None:
+    """`table` as <folder>/<name>.csv, for a sweep to collect; an empty folder name writes nothing."""
     if folder:
-        write_table(Path(folder) / FILE, table(predictions))
+        write_table(Path(folder) / f"{name}.csv", table(predictions))
 
 
 def write_table(path: Path, wide: pd.DataFrame) -> Path:
@@ -42,12 +42,14 @@ def write_table(path: Path, wide: pd.DataFrame) -> Path:
     return path
 
 
-def merged(folders: Iterable[Path]) -> pd.DataFrame | None:
-    """The answers of several runs side by side; None where none wrote any. Columns that agree are kept once.
+def merged(folders: Iterable[Path], name: str = "answers") -> pd.DataFrame | None:
+    """The answers of that name of several runs, side by side; None where none wrote any.
 
-    Raises InputError where runs were tested on different tiles, or give one name two meanings.
+    Columns that agree are kept once. Raises InputError where runs were tested on different tiles, or give one name two
+    meanings.
     """
-    tables = [pd.read_csv(folder / FILE, dtype=str) for folder in folders if (folder / FILE).is_file()]
+    paths = [folder / f"{name}.csv" for folder in folders]
+    tables = [pd.read_csv(path, dtype=str) for path in paths if path.is_file()]
     if not tables:
         return None
     wide = tables[0]

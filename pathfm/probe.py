@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from pathfm.errors import InputError
+from pathfm.errors import nearest as nearest_name
 from pathfm.metrics import CONSTANT, balanced_accuracy, finite
 from pathfm.neighbours import nearest, vote
 from pathfm.scores import Prediction, interval, paired, scores
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cross_validate",
+    "cross_validate_within",
     "floor_predictions",
     "floors",
     "interval",
@@ -132,6 +134,25 @@ def cross_validate(
     table = pd.concat([one.table for one in answers]).sort_index()
     validate = float(np.mean([one.settings["validate"] for one in answers]))
     return replace(answers[0], table=table, settings={"by": by, "folds": len(answers), "validate": validate})
+
+
+def cross_validate_within(
+    features: Features, column: str, probe: Callable[..., Prediction] = linear, **settings
+) -> Prediction:
+    """`cross_validate` among the tiles of one value of `column` at a time, such as one magnification.
+
+    The answers of all values are one Prediction, in the order of the tiles. Raises InputError for an unknown column.
+    """
+    table = features.table
+    if column not in table:
+        raise InputError(f"{features.tiles.name} has no column '{column}'.{nearest_name(column, table)}")
+    parts = []
+    for value in sorted(table[column].unique()):
+        rows = (table[column] == value).to_numpy()
+        alone = replace(features, x=features.x[rows], tiles=features.tiles.subset(rows))
+        parts.append(cross_validate(alone, probe, **settings))
+    answers = pd.concat([one.table for one in parts]).set_index("file").loc[table["file"]].reset_index()
+    return replace(parts[0], table=answers, settings={**parts[0].settings, "within": column})
 
 
 def floor_predictions(

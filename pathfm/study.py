@@ -143,11 +143,11 @@ def config(
         fields["mpp"] = mpp_list(mpp) if isinstance(mpp, str) else mpp
     if steps:
         fields["steps"] = steps
-    return PretrainConfig.of(**{**RECIPES[recipe], **fields, **_settings(settings)})
+    return PretrainConfig.of(**{**RECIPES[recipe], **fields, **parsed(settings)})
 
 
-def _settings(text: str) -> dict:
-    """ "koleo=0 mpp=0.5,1" -> {"koleo": 0, "mpp": [0.5, 1]}."""
+def parsed(text: str) -> dict:
+    """ "koleo=0 mpp=0.5,1" -> {"koleo": 0, "mpp": [0.5, 1]}. Raises InputError for a part that is no name=value."""
     found = {}
     for part in text.split():
         name, equals, value = part.partition("=")
@@ -250,9 +250,12 @@ def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
     return {**grid, "mpp": [mixture for mixture in dict.fromkeys(kept) if mixture]}
 
 
-def recorded_answers(name: str) -> dict[str, list[Prediction]]:
-    """What the probes of a recorded sweep answered, by features, a seed each; empty where results are not current."""
-    path = results_dir() / f"{name}_answers.csv"
+def recorded_answers(name: str, which: str = "answers") -> dict[str, list[Prediction]]:
+    """What the probes of a recorded sweep answered, by features, a seed each; empty where results are not current.
+
+    which  of `pathfm.sweeps.ANSWERS`
+    """
+    path = results_dir() / f"{name}_{which}.csv"
     if not path.is_file() or not len(recorded(name)):
         return {}
     return answers.read(pd.read_csv(path, dtype=str))

@@ -18,6 +18,8 @@ from pathfm.errors import InputError, nearest
 from pathfm.runs import Scalar, check_parameters, code_hash, notebook_path, notebooks_dir, record, stamp
 from pathfm.storage import progress, read_json, write_json
 
+ANSWERS = ("answers", "real")  # tables of pathfm.answers that a point may write: on its cohort's tiles, on real ones
+
 
 def read_sweep(name: str | Path) -> dict[str, Any]:
     """A sweep file: notebook, base parameters, grid (name -> list of values), question and primary contrast."""
@@ -53,7 +55,7 @@ def sweep(
     grid      replaces the file's grid, such as one without the mpp that a cohort cannot serve
     override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
 
-    Where points differ in nothing but their seed, `attrs["answers"]` holds what their probes answered: pathfm.answers.
+    Where points differ in nothing but their seed, `attrs["answers"]` holds what their probes answered, by ANSWERS.
 
     A point is finished when its notebook ran to the end; a killed sweep goes on where it stopped. A failing point does
     not stop the others and is raised at the end. Raises InputError for a parameter the notebook does not declare.
@@ -74,7 +76,9 @@ def sweep(
         raise InputError(f"{len(failures)} of {len(points)} points stopped:\n  " + "\n  ".join(failures))
     rows = [{**point, **read_json(path / "metrics.json")} for point, path in zip(points, folders, strict=True)]
     table = pd.DataFrame(rows)
-    table.attrs["answers"] = answers.merged(folders) if list(spec["grid"]) == ["seed"] else None
+    if list(spec["grid"]) == ["seed"]:
+        found = {name: answers.merged(folders, name) for name in ANSWERS}
+        table.attrs["answers"] = {name: wide for name, wide in found.items() if wide is not None}
     return table
 
 

@@ -1,0 +1,86 @@
+"""Does it carry over: what a probe reads from a teacher, and from its floors, on labelled tiles of other tissue."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from pathfm import probe, scores
+from pathfm.benchmarks import TileSet, patient_column
+from pathfm.features import extract
+from pathfm.scores import Prediction
+
+FOLDS = 5
+GROUP = "magnification"  # a column of some tile sets
+FLOORS = {"colour": "colour", "colour + LBP": "colour+lbp"}  # name in the answers -> of `features.extract`
+WITHIN = ", within"  # after the name of features whose probe saw one magnification at a time
+
+
+def read_tiles(folder: str | Path, block: str = "block") -> TileSet:
+    """Labelled tiles; where neither patient nor slide is known, those of one `block` stay on one side of a split.
+
+    A block is a run of images that were likely taken together: consecutive numbers, say.
+    """
+    tiles = TileSet.from_folder(folder)
+    if patient_column(tiles.table) is None and block in tiles.table:
+        return replace(tiles, table=tiles.table.assign(slide_id=tiles.table[block]))
+    return tiles
+
+
+def judged(
+    teacher: nn.Module, start: nn.Module, preprocess: Callable, tiles: TileSet, seed: int = 0
+) -> list[Prediction]:
+    """Every tile answered by five-fold probes on teacher, random weights, colour and colour + LBP.
+
+    teacher, start  backbones; of both CLS and mean of the patch tokens, nothing chosen
+    seed            of the pretraining behind both
+
+    Where tiles have a column `magnification`, each features' second answers, named with WITHIN, come from probes that
+    saw one magnification alone.
+    """
+    found = {
+        "teacher": extract(teacher, tiles, preprocess, "both"),
+        "random weights": extract(start, tiles, preprocess, "both"),
+        **{name: extract(floor, tiles) for name, floor in FLOORS.items()},
+    }
+    fit = functools.partial(probe.linear, seed=seed)
+    answers = []
+    for name, features in found.items():
+        features = replace(features, name=name)
+        answers.append(probe.cross_validate(features, fit, "patient", FOLDS))
+        if GROUP in tiles.table:
+            within = probe.cross_validate_within(features, GROUP, fit, by="patient", n=FOLDS)
+            answers.append(replace(within, name=name + WITHIN))
+    return [replace(one, floor=not one.name.startswith("teacher")) for one in answers]
+
+
+def table(said: dict[str, list[Prediction]]) -> pd.DataFrame:
+    """A row for what the probes saw and where they are tested: scores, and the teacher's gain over random weights.
+
+    said  recorded answers of `judged` by name, a seed each (`study.recorded_answers`)
+    """
+    rows = []
+    for seen, suffix in (("one magnification", WITHIN), ("all tiles", "")):
+        runs = {name: said[name + suffix] for name in ("teacher", "random weights", *FLOORS) if name + suffix in said}
+        for place in _places(runs["teacher"][0].table) if runs else ():
+            at = {name: [_at(one, place) for one in several] for name, several in runs.items()}
+            means = {name: scores.interval(several).value for name, several in at.items()}
+            gain = scores.paired(at["teacher"], at["random weights"])
+            rows.append(
+                {"probe saw": seen, "tested on": place, **means, "gain": gain.value, "low": gain.low, "high": gain.high}
+                | {"tiles": len(at["teacher"][0].table), "blocks": gain.n_patients, "verdict": gain.verdict}
+            )
+    return pd.DataFrame(rows)
+
+
+def _places(table: pd.DataFrame) -> list[str]:
+    return [*(sorted(table[GROUP].unique()) if GROUP in table else ()), "all tiles"]
+
+
+def _at(one: Prediction, place: str) -> Prediction:
+    return one if place == "all tiles" else replace(one, table=one.table[one.table[GROUP] == place])

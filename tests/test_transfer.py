@@ -1,0 +1,73 @@
+"""Real tiles: blocks stay together, magnifications are kept apart, and the table reads what was recorded."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+from PIL import Image
+
+from pathfm import answers, transfer
+from pathfm.errors import InputError
+from pathfm.export import Preprocess
+from pathfm.features import extract, random_twin
+from pathfm.probe import cross_validate_within, linear
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    """Two classes told apart by brightness, which means the opposite at the other magnification; blocks of four."""
+    folder, rng, rows = tmp_path_factory.mktemp("real"), np.random.default_rng(0), []
+    for magnification, sign in (("100x", 1), ("400x", -1)):
+        for label, side in (("a", -1), ("b", 1)):
+            for number in range(32):
+                name = f"{label}{magnification}{number}.png"
+                pixels = np.clip(rng.normal(128 + 25 * sign * side, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / name)
+                rows.append((name, label, magnification, f"{label}{magnification}{number // 4}"))
+    table = pd.DataFrame(rows, columns=["file", "label", "magnification", "block"])
+    table.to_csv(folder / "manifest.csv", index=False)
+    return transfer.read_tiles(folder / "manifest.csv")
+
+
+def test_blocks_stand_for_slides_where_nothing_better_is_known(tiles):
+    assert (tiles.table["slide_id"] == tiles.table["block"]).all()
+    for _, fold in tiles.folds("patient", 5):
+        assert (fold.table.groupby("block")["role"].nunique() == 1).all()
+
+
+def test_within_a_magnification_no_tile_of_the_other_is_seen(tiles):
+    colour = extract("colour", tiles)
+    found = cross_validate_within(colour, "magnification", by="patient", n=5)
+    assert found.table["file"].tolist() == tiles.table["file"].tolist()
+    assert found.balanced_accuracy > 0.95  # each magnification has its own rule
+    seen = []
+
+    def watching(features, **settings):
+        seen.append(set(features.table["magnification"]))
+        return linear(features, **settings)
+
+    cross_validate_within(colour, "magnification", watching, by="patient", n=5)
+    assert all(len(values) == 1 for values in seen) and len(seen) == 10
+    with pytest.raises(InputError, match="no column 'magnificaton'.*Did you mean 'magnification'"):
+        cross_validate_within(colour, "magnificaton")
+
+
+def test_the_table_of_two_seeds_reads_back_what_was_recorded(tiles, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=16, num_heads=2, num_classes=0)
+    preprocess = Preprocess(32)
+    for seed in (0, 1):
+        found = transfer.judged(model, random_twin(model, seed), preprocess, tiles, seed)
+        assert [one.floor for one in found] == [False, False] + 6 * [True]
+        answers.write(tmp_path / str(seed), found, "real")
+    said = answers.read(answers.merged([tmp_path / "0", tmp_path / "1"], "real"))
+    table = transfer.table(said).set_index(["probe saw", "tested on"])
+    assert list(table.index) == [
+        (saw, place) for saw in ("one magnification", "all tiles") for place in ("100x", "400x", "all tiles")
+    ]
+    assert table["tiles"].tolist() == [64, 64, 128] * 2 and table["blocks"].tolist() == [16, 16, 32] * 2
+    own = table.loc[("one magnification", "all tiles")]
+    assert own["colour"] == pytest.approx(found[5].balanced_accuracy, abs=0.02)
+    assert own["colour"] > 0.95
+    assert own["gain"] == pytest.approx(own["teacher"] - own["random weights"])
+    assert own["low"] <= own["gain"] <= own["high"]
+    assert transfer.table({}).empty
