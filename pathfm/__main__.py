@@ -103,17 +103,50 @@ class MakeCohort:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """download public slides: resumed, checked, whole or not at all; a GDC manifest also becomes <folder>/cohort.csv"""
+
+    what: list[str] = field(
+        metadata={
+            "nargs": "+",
+            "help": "a GDC manifest, a URL (with #md5= or #sha256= after it if known), "
+            "or a name of OpenSlide's test data, such as CMU-1-Small-Region.svs",
+        }
+    )
+    folder: str = setting("slides", "where the files go")
+    parallel: int = setting(4, "files at a time")
+    tries: int = setting(5, "in a row without a byte before a file is given up; waits double from 1 s")
+    token_file: str = setting("", "a file with GDC's token, for controlled access only")
+    gdc_url: str = setting("https://api.gdc.cancer.gov", "GDC's API, or a mirror of it")
+    testdata_url: str = setting("https://openslide.cs.cmu.edu/download/openslide-testdata", "or a mirror of it")
+
+    def __call__(self) -> None:
+        from pathlib import Path
+
+        from pathfm import Cohort
+        from pathfm.fetch import fetch, read_token
+
+        token = read_token(self.token_file) if self.token_file else None
+        for path in fetch(self.what, self.folder, self.parallel, self.tries, token, self.gdc_url, self.testdata_url):
+            print(path)
+        if len(self.what) == 1 and Path(self.what[0]).is_file():
+            print(Cohort.from_gdc(self.what[0], self.folder).write(Path(self.folder) / "cohort.csv"))
+
+
+@dataclass(frozen=True)
 class Index:
     """index a cohort of slides: geometry, tissue masks, what cannot be read and why"""
 
     cohort: str
     folder: str = setting("", "where the index is kept; the cache when empty")
     workers: int = setting(0, "processes; the number of cores when 0")
+    scheduler: str = setting("", "a Dask scheduler, tcp://host:8786, whose workers do it; this machine when empty")
 
     def __call__(self) -> None:
         from pathfm import Cohort, SlideIndex
 
-        index = SlideIndex.build(Cohort.read(self.cohort), self.folder or None, workers=self.workers or None)
+        cohort, folder = Cohort.read(self.cohort), self.folder or None
+        index = SlideIndex.build(cohort, folder, self.workers or None, self.scheduler or None)
         shown = ["slide_id", "status", "reason", "width_px", "height_px", "mpp", "tissue_mm2"]
         print(index.slides[shown].round(2).to_string(index=False))
         print(index.folder)
@@ -230,6 +263,7 @@ VERBS = {
     "store": Store,
     "sweep": Sweep,
     "cohort": MakeCohort,
+    "fetch": Fetch,
     "index": Index,
     "tiles": Tiles,
     "embed": Embed,
@@ -304,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"pathfm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pathfm: interrupted; the same command goes on from here", file=sys.stderr)
+        print("pathfm: interrupted; what is finished is kept, the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -202,20 +202,36 @@ def draw_roles(
     if not fractions or min(fractions.values()) <= 0 or not np.isclose(sum(fractions.values()), 1):
         raise InputError(f"fractions must be positive and sum to 1, not {dict(fractions)}")
     unit = np.arange(len(table)) if column is None else np.unique(table[column].to_numpy(str), return_inverse=True)[1]
-    classes, y = np.unique(table["label"].to_numpy(str), return_inverse=True)
-    count = np.zeros((unit.max() + 1, len(classes)))  # tiles of each class in each unit
+    found = balanced_roles(unit, table["label"].to_numpy(str), seed, fractions)
+    if isinstance(found, tuple):
+        absent, lacking = found
+        holding = len(np.unique(unit[table["label"].to_numpy(str) == absent]))
+        raise InputError(
+            f"role {lacking} gets no tile of class {absent}: {holding} "
+            f"{by}(s) hold that class; take another seed, other fractions or a finer unit than {by}"
+        )
+    return found
+
+
+def balanced_roles(
+    unit: np.ndarray, label: np.ndarray, seed: int, fractions: Mapping[str, float]
+) -> np.ndarray | tuple[str, str]:
+    """(n,) role of each row, whole units together, each class in every role; or a class and the role without it.
+
+    unit, label   (n,), whose rows stay together and whose share of each role is to be as `fractions` says
+    """
+    unit = np.unique(unit, return_inverse=True)[1]
+    classes, y = np.unique(label, return_inverse=True)
+    count = np.zeros((unit.max() + 1, len(classes)))  # rows of each class in each unit
     np.add.at(count, (unit, y), 1)
     names, target = list(fractions), np.array(list(fractions.values()))
     for attempt in range(ORDERS):
         role = _assign(count, target, np.random.default_rng([seed, attempt]))
-        tiles = np.stack([count[role == index].sum(axis=0) for index in range(len(names))])
-        if tiles.all():
+        rows = np.stack([count[role == index].sum(axis=0) for index in range(len(names))])
+        if rows.all():
             return np.array(names)[role[unit]]
-    lacking, absent = np.argwhere(tiles == 0)[0]
-    raise InputError(
-        f"role {names[lacking]} gets no tile of class {classes[absent]}: {np.count_nonzero(count[:, absent])} "
-        f"{by}(s) hold that class; take another seed, other fractions or a finer unit than {by}"
-    )
+    lacking, absent = np.argwhere(rows == 0)[0]
+    return str(classes[absent]), names[lacking]
 
 
 def _assign(count: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from pathfm.errors import InputError, nearest
@@ -15,7 +16,7 @@ from pathfm.storage import atomic
 
 ROLES = ("pretrain", "probe-train", "validate", "test")
 REQUIRED = ("slide_id", "path")
-TEXT = ("slide_id", "path", "patient_id", "centre", "scanner", "organ", "stain", "role")
+TEXT = ("slide_id", "path", "patient_id", "centre", "scanner", "organ", "stain", "role", "project", "source_site")
 
 
 class Cohort:
@@ -51,6 +52,24 @@ class Cohort:
             table["path"] = [p if pd.isna(p) or "://" in p else str(folder / p) for p in table["path"]]
         return cls(_checked(table, str(csv)), csv.stem)
 
+    @classmethod
+    def from_gdc(cls, path: str | Path, folder: str | Path | None = None, sites: str | Path | None = None) -> Cohort:
+        """The slides of a manifest or sample sheet of the Genomic Data Commons, described by their TCGA barcodes.
+
+        folder   where GDC's client or `pathfm fetch` put them, as <folder>/<uuid>/<file>; None: beside the table
+        sites    GDC's table of source-site codes, saved from its page, or one's own (`gdc.source_sites`); None: a
+                 centre is a code, so that one institution is another centre for each cancer type
+
+        Columns: slide_id (the barcode), path, patient_id, centre (the institution, or the code), project ("TCGA-BRCA";
+        of a manifest only where `sites` says it), source_site (the code), section ("FFPE", "frozen"), sample
+        ("tumour", "normal", ...).
+        Slides that are not in `folder` yet are counted and named in a warning, and stay. Raises InputError where
+        none is there, a column is missing, a file is listed twice or is no slide, or a barcode or code is unknown.
+        """
+        from pathfm import gdc
+
+        return cls(gdc.table(path, folder, sites), Path(path).stem)
+
     def write(self, csv: str | Path) -> Path:
         """The table as CSV, paths relative to it where they lie beside or below it."""
         csv = Path(csv)
@@ -81,6 +100,10 @@ class Cohort:
 
         The draw depends on seed and the units' names, not on the order of rows. Raises InputError where a
         patient would stand on two sides, or where there are fewer units than roles.
+
+        With a column `project` (cancer types, see `from_gdc`), "centre" splits within each: every project has slides
+        in every role, shares as near as its centres allow, and a centre has one role in all of them, for it brings
+        its stain and scanner to each. Raises InputError that names a project for which that cannot be.
         """
         fractions = fractions or {"pretrain": 0.6, "probe-train": 0.2, "validate": 0.1, "test": 0.1}
         for role, share in fractions.items():
@@ -90,7 +113,10 @@ class Cohort:
                 raise InputError(f"fractions['{role}'] is {share}; give a positive share or leave the role out")
         table = self.table.copy()
         units = _units(table, by)
-        table["role"] = units.map(_draw_roles(units.unique(), fractions, seed, by))
+        if by == "centre" and "project" in table:
+            table["role"] = _roles_within(table["project"], units, fractions, seed)
+        else:
+            table["role"] = units.map(_draw_roles(units.unique(), fractions, seed, by))
         return Cohort(table, self.name)
 
 
@@ -193,6 +219,31 @@ def _draw_roles(units: Iterable[str], fractions: dict[str, float], seed: int, by
         roles.update(dict.fromkeys(order[start:stop], role))
         start = stop
     return roles
+
+
+def _roles_within(project: pd.Series, centre: pd.Series, fractions: dict[str, float], seed: int) -> np.ndarray:
+    """(n,) role of each slide: whole centres, so that each project has every role."""
+    from pathfm.benchmarks import balanced_roles
+
+    if project.isna().any():
+        raise InputError(
+            "cannot split by centre within projects: a slide has no project; fill in the column or drop it"
+        )
+    centres = centre.groupby(project).nunique()
+    if centres.min() < len(fractions):
+        raise InputError(
+            f"project '{centres.idxmin()}' has {centres.min()} centre(s) for {len(fractions)} roles; "
+            "give fewer fractions, leave the project out with subset, or split by patient"
+        )
+    total = sum(fractions.values())
+    shares = {role: share / total for role, share in fractions.items()}
+    found = balanced_roles(centre.to_numpy(str), project.to_numpy(str), seed, shares)
+    if isinstance(found, tuple):
+        raise InputError(
+            f"no draw of whole centres gives every project every role: {found[0]} stays without {found[1]}; "
+            "take another seed, give fewer fractions, or leave the project out with subset"
+        )
+    return found
 
 
 def _relative(path: str, folder: Path) -> str:

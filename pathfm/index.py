@@ -6,23 +6,19 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from loky import ProcessPoolExecutor
 
-from pathfm import positions, tissue
+from pathfm import jobs, positions, tissue
 from pathfm.cohort import TEXT, Cohort, select
 from pathfm.errors import InputError, nearest
 from pathfm.sampling import footprint
 from pathfm.slide import Slide
-from pathfm.storage import atomic, cache_dir, progress, read_json, write_json
+from pathfm.storage import atomic, cache_dir, explained, progress, read_json, write_json
 
 VERSION = 2  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
@@ -52,26 +48,36 @@ class SlideIndex:
         self._words = self._where = None
 
     @classmethod
-    def build(cls, cohort: Cohort, folder: str | Path | None = None, workers: int | None = None) -> SlideIndex:
-        """The index of a cohort, made in parallel; what an earlier, killed build finished is kept.
+    def build(
+        cls,
+        cohort: Cohort,
+        folder: str | Path | None = None,
+        workers: int | None = None,
+        scheduler: str | None = None,
+    ) -> SlideIndex:
+        """The index of a cohort, made in parallel; what an earlier, interrupted build finished is kept.
 
-        folder    None: cache_dir()/index/<hash of the cohort>
-        workers   processes; None: one per core where the cohort is worth it, 0: this process
+        folder     None: cache_dir()/index/<hash of the cohort>
+        workers    processes on this machine; None: one per core where the cohort is worth it, 0: this process
+        scheduler  address of a Dask scheduler, such as "tcp://host:8786", whose workers scan the slides. They see
+                   the slides under the same paths and have the same pathfm; `folder` is written here alone
 
-        A slide that cannot be read is quarantined with its reason. Raises InputError where that is every one.
+        A slide that cannot be read is quarantined with its reason, and so is one that ends the process reading it.
+        Raises InputError where that is every one, `folder` cannot be written, or the scheduler is not to be had.
         """
         folder = Path(folder) if folder else cache_dir() / "index" / _cohort_key(cohort)
-        found = {}
-        todo = []
+        found, todo = {}, {}
         for row in cohort:
-            job = (row.path, getattr(row, "mpp", None), folder / "parts")
+            job = (row.path, getattr(row, "mpp", None))
             part = _part(*job)
-            if part is not None and part.is_file():
-                found[row.slide_id] = part
+            if part is not None and (folder / "parts" / part).is_file():
+                found[row.slide_id] = folder / "parts" / part
             else:
-                todo.append((row.slide_id, job))
-        for slide_id, result in progress(_results(todo, workers), "indexing", len(todo), "slide"):
-            found[slide_id] = result
+                todo[row.slide_id] = (*job, VERSION)
+        results = jobs.run(_scan_or_reason, todo, _crash, _workers(todo, workers, scheduler), scheduler)
+        with closing(results):
+            for slide_id, result in progress(results, "indexing", len(todo), "slide"):
+                found[slide_id] = result if isinstance(result, str) else _keep(folder / "parts", *result)
         _merge(cohort, folder, found)
         return cls.open(folder)
 
@@ -180,65 +186,48 @@ def _cohort_key(cohort: Cohort) -> str:
     return f"{cohort.name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
-def _part(path: str, mpp, folder: Path) -> Path | None:
-    """Where the finished scan of this very file is kept; None where there is no such file."""
+def _part(path: str, mpp) -> str | None:
+    """Name of the finished scan of this very file; None where there is no such file."""
     try:
         stat = os.stat(path)
     except OSError:
         return None
     text = f"{VERSION} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {mpp}"
-    return folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.npz"
+    return f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.npz"
 
 
-def _results(todo: list, workers: int | None) -> Iterator[tuple[str, Path | str]]:
-    """(slide_id, part written or reason for quarantine) as slides finish.
+def _keep(parts: Path, name: str, found: dict) -> Path:
+    with atomic(parts / name) as file:
+        np.savez(file, **found)
+    return parts / name
 
-    A slide that crashes its process is found by giving each unfinished one a process of its own.
-    """
-    if workers is None:
-        workers = min(len(todo), os.cpu_count() or 1) if _bytes(todo) > WORTH_PROCESSES else 0
-    if workers <= 1:
-        yield from ((slide_id, _scan_or_reason(*job)) for slide_id, job in todo)
-        return
-    left = dict(todo)
+
+def _workers(todo: dict, workers: int | None, scheduler: str | None) -> int:
+    if scheduler and workers is not None:
+        raise InputError(
+            f"workers={workers} are of this machine and scheduler={scheduler} has its own; give one of them"
+        )
+    if scheduler or workers is not None:
+        return workers or 0
+    size = sum(os.stat(path).st_size for path, *_ in todo.values() if os.path.isfile(path))
+    return (os.cpu_count() or 1) if size > WORTH_PROCESSES else 0
+
+
+def _scan_or_reason(path: str, mpp, version: int) -> tuple[str, dict] | str:
+    """The name and content of the part, or why this slide is quarantined: whatever a file does, others go on."""
+    if version != VERSION:
+        raise InputError(f"a worker makes indexes of version {VERSION}, not {version}; install the same pathfm there")
+    name, part = Path(path).name, _part(path, mpp)  # named before it is read: one that changes meanwhile is read again
     try:
-        with _pool(workers) as pool:
-            futures = {pool.submit(_scan_or_reason, *job): slide_id for slide_id, job in todo}
-            for future in as_completed(futures):
-                result = future.result()
-                del left[futures[future]]
-                yield futures[future], result
-    except BrokenProcessPool:
-        for slide_id, job in left.items():
-            with _pool(1) as pool:
-                try:
-                    yield slide_id, pool.submit(_scan_or_reason, *job).result()
-                except BrokenProcessPool:
-                    yield slide_id, f"{Path(job[0]).name} crashes its reader; fetch the file again or leave it out"
-
-
-def _bytes(todo: list) -> int:
-    return sum(os.stat(job[0]).st_size for _, job in todo if os.path.isfile(job[0]))
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes: OpenCV hangs in one that is forked, and a caller's script may lack a main guard."""
-    return ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,))
-
-
-def _scan_or_reason(path: str, mpp, folder: Path) -> Path | str:
-    """The part written, or why this slide is quarantined: whatever a file does, the others go on."""
-    name = Path(path).name
-    try:
-        found = _scan(path, None if mpp is None or pd.isna(mpp) else mpp)
+        return part, _scan(path, None if mpp is None or pd.isna(mpp) else mpp)
     except InputError as error:
         return str(error).replace(str(path), name)
     except Exception as error:
         return f"{name} cannot be indexed ({type(error).__name__}: {error}); look at it and leave it out"
-    part = _part(path, mpp, folder)
-    with atomic(part) as file:
-        np.savez(file, **found)
-    return part
+
+
+def _crash(path: str, mpp, version: int) -> str:
+    return f"{Path(path).name} crashes its reader; fetch the file again or leave it out"
 
 
 def _scan(path: str, mpp: float | None) -> dict:
@@ -344,7 +333,7 @@ def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
     about = {"version": VERSION, "cohort": cohort.name, "slides": len(rows), "content": content}
     if (folder / "index.json").is_file() and read_json(folder / "index.json") == about:
         return
-    with FileLock(folder / ".lock"):
+    with explained(folder / "index.json"), FileLock(folder / ".lock"):
         (folder / "index.json").unlink(missing_ok=True)  # so that no mixture of two indexes is ever opened
         with atomic(folder / "masks.npy") as file:
             np.save(file, np.concatenate(masks))

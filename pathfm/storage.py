@@ -89,13 +89,15 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} is not JSON ({error}); delete it and make it again") from None
 
 
-def progress(items: Iterable, desc: str | None = None, total: int | None = None, unit: str = "it") -> Iterable:
+def progress(items: Iterable | None, desc: str | None = None, total: int | None = None, unit: str = "it") -> Iterable:
     """`items` behind a bar on stderr, in a terminal or with PATHFM_PROGRESS=1; without one elsewhere.
 
-    Stored notebook output holds no bars, so a kernel shows one only on request.
+    Without items its method `update(n)` moves it. The unit "B" is shown as kB, MB or GB. Stored notebook output
+    holds no bars, so a kernel shows one only on request.
     """
     from tqdm import tqdm
 
     wanted = os.environ.get("PATHFM_PROGRESS")
     quiet = not sys.stderr.isatty() if wanted is None else wanted == "0"
-    return tqdm(items, desc=desc, total=total, unit=unit, disable=quiet, mininterval=0.5, dynamic_ncols=True)
+    look = {"unit": unit, "unit_scale": unit == "B", "mininterval": 0.5, "dynamic_ncols": True}
+    return tqdm(items, desc=desc, total=total, disable=quiet, **look)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import signal
+import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 from slide_files import cohort_of, tissue_pixels, write_slide
@@ -144,19 +147,18 @@ def test_a_scale_given_by_the_cohort_is_used(slides, tmp_path):
     assert list(index.slides["mpp"]) == [0.25, 0.5]
 
 
-def crashing(path, mpp, folder):
+def crashing(path, mpp, version):
     """What a worker does in the next test: a segmentation fault on one slide."""
     if path.endswith("two.tiff"):
-        os._exit(11)
-    return index_module._scan_or_reason(path, mpp, folder)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return index_module._scan_or_reason(path, mpp, version)
 
 
 def test_a_slide_that_crashes_its_process_is_quarantined_alone(slides, tmp_path, monkeypatch):
-    cohort = cohort_of({name: slides[name] for name in ("one", "two")})
-    SlideIndex.build(cohort_of({"one": slides["one"]}), tmp_path / "index", workers=0)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test
     monkeypatch.setattr(index_module, "_scan_or_reason", crashing)
-    index = SlideIndex.build(cohort, tmp_path / "index", workers=2)
-    assert list(index.usable["slide_id"]) == ["one"]
+    index = SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=2)
+    assert list(index.usable["slide_id"]) == ["one", "three"]
     assert "two.tiff crashes its reader" in index.quarantined["reason"][0]
 
 
@@ -185,6 +187,48 @@ def test_a_full_disk_is_an_error_not_a_quarantine(slides, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="no space left while writing"):
         SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
     assert not [path for path in (tmp_path / "index").rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def closed_folder(tmp_path):
+    """A function that closes a folder to writing. Root writes anywhere, so the test goes on as nobody."""
+    root = os.geteuid() == 0
+
+    def close(folder):
+        for above in (folder, *folder.parents):
+            if root and above.is_relative_to(tmp_path.parents[1]):
+                above.chmod(0o755)
+        folder.chmod(0o555)
+        if root:
+            os.seteuid(65534)
+
+    yield close
+    if root:
+        os.seteuid(0)
+    for path in tmp_path.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def test_an_index_in_a_folder_that_cannot_be_written(slides, tmp_path, closed_folder):
+    """What is whole is opened and read; what has to be made is refused by name."""
+    folder = tmp_path / "index"
+    SlideIndex.build(cohort_of(slides), folder, workers=0)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_slide(tmp_path / "new.tiff", tissue_pixels(seed=9), 0.5, (1, 4))
+    (folder / "parts").chmod(0o555)
+    other.chmod(0o555)
+    closed_folder(folder)
+    index = SlideIndex.build(cohort_of(slides), folder, workers=0)
+    assert TileStream(index, tile_px=64)[0].image.shape == (64, 64, 3)
+    with pytest.raises(InputError, match=r"cannot write .*parts.*: Permission denied; choose a folder"):
+        SlideIndex.build(cohort_of(slides | {"new": tmp_path / "new.tiff"}), folder, workers=0)
+    with pytest.raises(InputError, match=r"cannot write .*index.json: Permission denied; choose a folder"):
+        SlideIndex.build(cohort_of({"one": slides["one"]}), folder, workers=0)
+    with pytest.raises(InputError, match=r"cannot write .*other.*: Permission denied; choose a folder"):
+        SlideIndex.build(cohort_of(slides), other, workers=0)
+    assert len(SlideIndex.open(folder).usable) == 3
 
 
 def test_an_index_of_another_version_is_refused(slides, tmp_path):
