@@ -1,18 +1,23 @@
-"""Files that appear whole or not at all, where they live, and a progress bar that stored output omits."""
+"""Files that appear whole or not at all, where they live, files read in blocks, and a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from pathfm.errors import InputError
+
+BLOCK = 64 * 2**10  # bytes that a BlockFile reads at a time,
+BLOCKS = 64  # and how many of them it keeps
 
 
 def checkout() -> Path | None:
@@ -70,6 +75,53 @@ def explained(path: str | Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
         raise
+
+
+class BlockFile(io.RawIOBase):
+    """A seekable file over a `pathfm.source.Source`, read in blocks of BLOCK bytes; the BLOCKS used last are kept."""
+
+    def __init__(self, source):
+        self.name, self._source, self._at = source.path, source, 0
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence]
+        if at < 0:
+            raise ValueError(f"cannot seek to {at}")
+        self._at = at
+        return at
+
+    def readinto(self, buffer) -> int:
+        start, stop = self._at, min(self._at + len(buffer), self._source.size)
+        if start >= stop:
+            return 0
+        numbers = range(start // BLOCK, (stop - 1) // BLOCK + 1)
+        blocks = self._get(numbers)
+        data = memoryview(b"".join(blocks[n] for n in numbers))
+        offset = start - numbers[0] * BLOCK
+        buffer[: stop - start] = data[offset : offset + stop - start]
+        self._at = stop
+        return stop - start
+
+    def _get(self, numbers: Sequence[int]) -> dict[int, bytes]:
+        missing = [n for n in numbers if n not in self._blocks]
+        lengths = [min(BLOCK, self._source.size - n * BLOCK) for n in missing]
+        blocks = dict(zip(missing, self._source.read([n * BLOCK for n in missing], lengths), strict=True))
+        for n in numbers:
+            blocks.setdefault(n, self._blocks.pop(n, b""))
+        self._blocks.update((n, blocks[n]) for n in numbers[-BLOCKS:])
+        while len(self._blocks) > BLOCKS:
+            self._blocks.popitem(last=False)
+        return blocks
 
 
 def write_json(path: str | Path, value: Any) -> None:

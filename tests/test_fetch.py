@@ -176,7 +176,7 @@ def test_a_gdc_manifest_on_the_command_line(server, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == [*(str(folder / ids[k] / NAMES[k]) for k in (0, 1)), str(folder / "cohort.csv")]
     assert (folder / ids[0] / NAMES[0]).read_bytes() == CONTENT
-    assert list(Cohort.read(folder / "cohort.csv").table["section"]) == ["FFPE", "FFPE"]
+    assert list(Cohort.read(folder / "cohort.csv").table["section"]) == ["FFPE", "frozen"]
 
 
 def test_controlled_access_asks_for_a_token_and_no_other_host_sees_it(server, tmp_path, capsys):
