@@ -154,34 +154,58 @@ class Index:
 
 @dataclass(frozen=True)
 class Tiles:
-    """write the first tiles of a cohort's stream as PNG files, with their names in <out>/tiles.csv"""
+    """write the first tiles of a cohort's stream, or a fixed grid, as a folder of images or WebDataset shards"""
 
     cohort: str
     out: str
-    n: int = setting(100, "tiles")
-    mpp: str = setting("0.5", "microns per pixel; several, such as 0.25,0.5, are drawn with equal weights")
+    n: int = setting(100, "tiles of a stream; a grid is written whole")
+    stride_px: int = setting(0, "0: tiles of the stream; else a grid, this far apart in pixels of the tile")
+    mpp: str = setting("0.5", "microns per pixel, such as 0.25,0.5 or 0.5:1,1:3 (weights) or loguniform(0.25,2)")
     tile_px: int = setting(256, "tile side in pixels")
     min_tissue: float = setting(0.4, "least share of foreground in a tile")
     seed: int = setting(0, "another seed, other tiles")
+    role: str = setting("", "only slides of this role, such as pretrain; all when empty")
+    common_mpp: bool = setting(False, "only slides that serve every mpp")
+    tiles_per_slide: int = setting(0, "draw among so many fixed tiles per slide; 0: no limit")
+    resample: str = setting("auto", "auto, or always to filter every tile alike")
+    balance: str = setting("", "columns whose classes share the tiles alike, such as label,patient")
+    slide_weights: str = setting("", "column that weighs slides, such as tissue_mm2")
+    position_weights: str = setting("", "folder of weight maps that WeightMaps.save wrote")
+    tile_filter: str = setting("", "midnight: by colour")
+    context_px: int = setting(0, "side of the image, the tile in its middle; 0: the tile alone")
+    form: str = setting("folder", "folder of images, or shards of WebDataset")
+    by: str = setting("slide_id", "column that names the folders and the tiles' labels")
+    image: str = setting("png", "png (the very pixels) or jpg")
+    quality: int = setting(95, "of jpg")
+    per_shard: int = setting(1000, "tiles")
 
     def __call__(self) -> None:
-        from pathlib import Path
-
-        from PIL import Image
-
-        from pathfm import Cohort, SlideIndex, TileStream, study
-        from pathfm.storage import atomic, progress
+        from pathfm import Cohort, SlideIndex, offline
 
         index = SlideIndex.build(Cohort.read(self.cohort))
-        stream = TileStream(index, self.tile_px, study.mpp_list(self.mpp), self.min_tissue, self.seed)
-        out, names = Path(self.out), stream.names(range(self.n))
-        names["file"] = [f"{i:07d}.png" for i in names["i"]]
-        for i in progress(range(self.n), "tiles", unit="tile"):
-            with atomic(out / names["file"][i]) as file:
-                Image.fromarray(stream[i].image).save(file, "PNG")
-        with atomic(out / "tiles.csv", "w") as file:
-            names.to_csv(file, index=False)
-        print(out / "tiles.csv")
+        if self.role:
+            index = index.subset("status == 'ok' and role == @role".replace("@role", repr(self.role)))
+        source = self._grid(index) if self.stride_px else self._stream(index)
+        n = None if self.stride_px else self.n
+        print(offline.write(source, self.out, n, self.form, self.by, self.image, self.quality, self.per_shard))
+
+    def _stream(self, index: typing.Any) -> typing.Any:
+        from pathfm import TileStream
+
+        return TileStream(
+            index, self.tile_px, self.mpp, self.min_tissue, self.seed, self.common_mpp,
+            tiles_per_slide=self.tiles_per_slide or None, resample=self.resample, balance=self.balance,
+            slide_weights=self.slide_weights or None, position_weights=self.position_weights or None,
+            tile_filter=self.tile_filter or None, context_px=self.context_px or None,
+        )  # fmt: skip
+
+    def _grid(self, index: typing.Any) -> typing.Any:
+        from pathfm.grids import Grid
+
+        for name in ("balance", "slide_weights", "position_weights", "tile_filter", "tiles_per_slide", "context_px"):
+            if getattr(self, name):
+                raise InputError(f"{name} draws tiles and a grid has them all; leave {name} out, or stride_px")
+        return Grid(index, self.tile_px, self.mpp, self.stride_px, self.min_tissue, resample=self.resample)
 
 
 @dataclass(frozen=True)
@@ -250,11 +274,11 @@ class Instrument:
             print(f"seed {row.seed}: {row.what} is {row.balanced_accuracy:.3f}, not {row.low:g} to {row.high:g}")
 
 
-def pretrain(config: typing.Any, cohort: str, folder: str) -> None:
+def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "") -> None:
     """pretrain a backbone with DINO from the slides of a cohort; continues a run that was interrupted"""
     from pathfm import Cohort, study
 
-    print(study.pretrained(Cohort.read(cohort), config, folder=folder).teacher)
+    print(study.pretrained(Cohort.read(cohort), config, folder=folder, offline=tiles).teacher)
 
 
 VERBS = {
@@ -349,10 +373,11 @@ def _pretrain(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("pathfm pretrain", description=pretrain.__doc__)
     parser.add_argument("cohort", help="a cohort.csv; slides whose role is not 'pretrain' are left out")
     parser.add_argument("folder", help="the run folder, new or interrupted")
+    parser.add_argument("--tiles", default="", help="tiles that `pathfm tiles` wrote, in place of the slides' stream")
     add_fields(parser, PretrainConfig)
     given = vars(parser.parse_args(arguments))
-    cohort, folder = given.pop("cohort"), given.pop("folder")
-    pretrain(PretrainConfig(**given), cohort, folder)
+    cohort, folder, tiles = given.pop("cohort"), given.pop("folder"), given.pop("tiles")
+    pretrain(PretrainConfig(**given), cohort, folder, tiles)
 
 
 if __name__ == "__main__":

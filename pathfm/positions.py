@@ -93,7 +93,13 @@ def _bits_between(words, start, first, stop) -> np.int64:
 @njit(cache=True, nogil=True)
 def covered(words, start, stride, cell, x, y, side) -> float:
     """Tissue under the square at (x, y), read from the packed mask whose rows begin `stride` words apart."""
-    right, bottom = x + side, y + side
+    return covered_box(words, start, stride, cell, x, y, side, side)
+
+
+@njit(cache=True, nogil=True)
+def covered_box(words, start, stride, cell, x, y, across, down) -> float:
+    """`covered` for a rectangle."""
+    right, bottom = x + across, y + down
     i0, j0 = x // cell, y // cell
     i1, j1 = math.ceil(right / cell) - 1, math.ceil(bottom / cell) - 1
     first_width = min(right, (i0 + 1) * cell) - x
@@ -107,6 +113,46 @@ def covered(words, start, stride, cell, x, y, side) -> float:
             width += cell * _bits_between(words, row, i0 + 1, i1)
         area += width * (min(bottom, (j + 1) * cell) - max(y, j * cell))
     return area
+
+
+@njit(cache=True, nogil=True)
+def extent(words, start, stride, height):
+    """The box of a packed mask's tissue in cells: left, top, right, bottom; all 0 where there is none."""
+    left, top, right, bottom = stride * 64, -1, 0, 0
+    for row in range(height):
+        at = start + row * stride
+        first, last = -1, -1
+        for j in range(stride):
+            if words[at + j]:
+                last = j
+                if first < 0:
+                    first = j
+        if first < 0:
+            continue
+        bottom = row + 1
+        if top < 0:
+            top = row
+        if first * 64 < left:
+            left = min(left, first * 64 + _lowest(words[at + first]))
+        if last * 64 + 64 > right:
+            right = max(right, last * 64 + _highest(words[at + last]) + 1)
+    return (left, top, right, bottom) if bottom else (0, 0, 0, 0)
+
+
+@njit(cache=True, nogil=True)
+def _lowest(word: np.uint64) -> np.int64:
+    """The number of the lowest bit that is set."""
+    return _bits((word & (~word + _ONE)) - _ONE)
+
+
+@njit(cache=True, nogil=True)
+def _highest(word: np.uint64) -> np.int64:
+    """The number of the highest bit that is set."""
+    k = 0
+    while word > _ONE:
+        word >>= _ONE
+        k += 1
+    return k
 
 
 @njit(cache=True, nogil=True)
@@ -132,10 +178,10 @@ def _area(sums, cell, x, y, width, height) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _segments(number, cell, side, grid):
-    """Starts k of runs of positions grid * k whose two ends stay within the same cells, and `number` last."""
-    starts = [0]
-    k = 0
+def _segments(first, number, cell, side, grid):
+    """Starts k >= first of runs of positions grid * k whose two ends stay within the same cells, `number` last."""
+    starts = [first]
+    k = first
     while k < number:
         near = (grid * k) // cell + 1
         far = math.floor((grid * k + side) / cell) + 1
@@ -163,12 +209,13 @@ def _row(sums, cell, side, grid, need, y, k0, k1):
 
 
 @njit(cache=True, nogil=True)
-def search(sums, cell, columns, rows, side, grid, need, wanted):
+def search(sums, cell, columns, rows, side, grid, need, wanted, left=0, top=0):
     """(number of admissible positions, -1, -1), or (.., x, y) of number `wanted` where that is not negative.
 
-    Halves rectangles of runs until the tissue under all their squares together decides them as a whole.
+    Positions are the multiples left..columns - 1 and top..rows - 1 of `grid`. Rectangles of runs are halved until the
+    tissue under all their squares together decides them as a whole.
     """
-    xs, ys = _segments(columns, cell, side, grid), _segments(rows, cell, side, grid)
+    xs, ys = _segments(left, columns, cell, side, grid), _segments(top, rows, cell, side, grid)
     stack = [(0, len(xs) - 1, 0, len(ys) - 1)]
     total = 0
     while len(stack):

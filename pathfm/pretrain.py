@@ -81,7 +81,7 @@ class Run:
 def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder: str | Path | None = None) -> Run:
     """Trains DINO on a tile stream; goes on where `folder` holds an unfinished run, returns where it is finished.
 
-    stream      a TileStream, or anything whose [i] is a Tile of (tile_px, tile_px, 3) uint8
+    stream      a TileStream, OfflineTiles, or anything whose [i] is a Tile of (tile_px, tile_px, 3) uint8
     validation  tiles to watch: a TileSet with roles (RankMe, ODCorr, entropy, kNN) or a TileStream (without kNN)
     folder      where the run lives; None: the cache, by config and stream
 
@@ -91,9 +91,10 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
     _check_stream(config, stream)
     _check_sides(stream, validation)
     tiles = first_tiles(stream)
-    folder = Path(folder) if folder else _cached(config, tiles, stream[0].image)
+    settings = json.loads(json.dumps(getattr(stream, "settings", {}), default=str))
+    folder = Path(folder) if folder else _cached(config, [tiles, settings], stream[0].image)
     with _alone(folder), _settings(config):
-        training = Training(config, tiles, folder)
+        training = Training(config, tiles, folder, settings)
         if training.step < config.steps or not (folder / "teacher" / "config.json").exists():
             training.run(stream, Watch.of(validation, config.watch_tiles) if config.watch_every else None)
     return Run(folder)
@@ -102,8 +103,8 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
 class Training:
     """A run in the making: model, optimiser and the number of steps that are done."""
 
-    def __init__(self, config: PretrainConfig, tiles: list, folder: Path):
-        self.config, self.tiles, self.folder = config, tiles, folder
+    def __init__(self, config: PretrainConfig, tiles: list, folder: Path, source: dict | None = None):
+        self.config, self.tiles, self.folder, self.source = config, tiles, folder, source or {}
         self.device = device_of(config)
         self.fused, self.precision = kernels_of(config, self.device)
         saved = self._saved()
@@ -229,6 +230,7 @@ class Training:
                 "step": self.step,
                 "config": dataclasses.asdict(self.config),
                 "tiles": self.tiles,
+                "source": self.source,
                 "init": self.model.provenance,
                 "precision": self.precision,
                 "attention": self._attention(),
@@ -252,6 +254,13 @@ class Training:
                 raise InputError(
                     f"{path} was made on another tile stream: its first tiles have {was}, this has "
                     f"{wanted}; use that stream, or a new folder"
+                )
+        before = state.get("source") or {}
+        for name in sorted(set(before) & set(self.source)):
+            if before[name] != self.source[name]:
+                raise InputError(
+                    f"{path} was made on another tile stream: its {name} was {before[name]!r}, now it is "
+                    f"{self.source[name]!r}; use that stream, or a new folder"
                 )
         return tensors, state
 
@@ -339,7 +348,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def first_tiles(stream: Any, n: int = 8) -> list[list]:
     """Names of the first tiles, by which a stream is known again: slide_id, x, y, mpp."""
-    tiles = [stream.name(i) if hasattr(stream, "name") else stream[i] for i in range(n)]
+    tiles = [stream.name(i) if hasattr(stream, "name") else stream[i] for i in range(min(n, len(stream)))]
     return [[str(tile.slide_id), int(tile.x), int(tile.y), f"{tile.mpp:.6g}"] for tile in tiles]
 
 
@@ -357,8 +366,11 @@ def _check_stream(config: PretrainConfig, stream: Any) -> None:
     foreign = sorted(set(getattr(stream, "weights", ())) - set(config.mpp))
     if foreign:
         raise InputError(f"the stream has tiles at {foreign[0]:g} mpp, but mpp={config.mpp}; make them agree")
-    least = getattr(stream, "min_tissue", config.min_tissue)
-    if least != config.min_tissue:
+    law = getattr(stream, "law", None)
+    if hasattr(law, "cdf") and not (min(config.mpp) <= law.low and law.high <= max(config.mpp)):
+        raise InputError(f"the stream's mpp is {law}, beyond mpp={config.mpp}; give both ends of it in mpp")
+    least = getattr(stream, "min_tissue", None)
+    if least is not None and least != config.min_tissue:
         raise InputError(f"the stream's min_tissue is {least}, but min_tissue={config.min_tissue}; make them agree")
 
 
@@ -382,12 +394,16 @@ def _told(stream: Any) -> dict[str, Any]:
         slides = stream.slides
         told |= {"settings": repr(stream), "slides": len(slides), "patients": patient_of(slides).nunique()}
         told |= {"centres": sorted(map(str, slides["centre"].unique()))} if "centre" in slides else {}
+    if hasattr(stream, "mixture"):
         told |= {"mixture": stream.mixture.round(4).to_dict("records")}
+    if hasattr(stream, "settings"):
+        told |= {"options": stream.settings}
     return told
 
 
 def _cached(config: PretrainConfig, tiles: list, pixels: np.ndarray) -> Path:
-    """The folder of a run by all that decides its numbers: settings, names and pixels of its first tiles, code."""
+    """The folder of a run by all that decides its numbers: settings of the run and of its tiles, names and pixels of
+    the first of them, code."""
     from pathfm.runs import code_hash
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}

@@ -19,6 +19,7 @@ from pathfm.cohort import Cohort
 from pathfm.config import RECIPES, PretrainConfig
 from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
+from pathfm.offline import OfflineTiles
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
 from pathfm.runs import code_hash, read_results, results_dir
@@ -177,18 +178,24 @@ def mpp_list(text: str) -> tuple[float, ...]:
 
 
 def pretrained(
-    slides: Cohort, settings: PretrainConfig | None = None, common: str = "", folder: str = "", **fields
+    slides: Cohort,
+    settings: PretrainConfig | None = None,
+    common: str = "",
+    folder: str = "",
+    offline: str | Path = "",
+    **fields,
 ) -> Run:
     """The run of a configuration on a cohort, trained where the cache does not hold it, with watches where it can.
 
     settings    the smoke configuration where None, with `fields` replaced
     common      as in `stream`
     folder      of the run; the cache, by configuration and tiles, where empty
+    offline     tiles that `pathfm tiles` wrote, in place of the cohort's stream; the cohort is still what is watched
     """
     settings = settings or config(**fields)
     if settings.init == NON_HISTOLOGY:
         settings = settings.replace(init=str(non_histology(settings).teacher))
-    source = stream(index(slides), settings, common)
+    source = OfflineTiles(offline, seed=settings.seed) if offline else stream(index(slides), settings, common)
     return _once(settings, source, watched(slides, settings) if settings.watch_every else None, folder)
 
 

@@ -29,7 +29,9 @@ class MaskIndex(SlideIndex):
         for (name, mask), words in zip(masks.items(), packed, strict=True):
             size = {"width_px": mask.shape[1] * cell_px, "height_px": mask.shape[0] * cell_px}
             place = {"cell_px": cell_px, "mask_start": start, "mask_words": words.shape[1]}
-            rows.append({"slide_id": name, "path": "", "status": "ok", "mpp": mpp, "levels": levels, **size, **place})
+            rows.append(
+                {"slide_id": name, "path": f"{name}.svs", "status": "ok", "mpp": mpp, "levels": levels, **size, **place}
+            )
             start += words.size
         super().__init__("nowhere", pd.DataFrame(rows).assign(tissue_mm2=1.0))
         self._words = np.concatenate([words.ravel() for words in packed])
@@ -118,7 +120,9 @@ def test_drawing_by_rank_is_as_uniform_as_by_proposal():
     """The two ways of drawing give the same distribution, so that mixing them does too."""
     mask = irregular(0)
     stream = TileStream(MaskIndex({"lakes": mask}), tile_px=40, mpp=1.0, seed=4)
-    ranked = [stream._sampler._by_rank(np.uint64(i), 0, 0)[0] for i in range(1_500)]
+    spot = stream._sampler.scales.spots.at([0])
+    keys = [(np.uint64(4), np.uint64(i)) for i in range(1_500)]
+    ranked = [stream._sampler._by_rank(key, 0, spot) for key in keys]
     x, y = np.array(ranked).T
     assert uniformity(x, y, exact_per_cell(mask, 8, 40, 0.4), 8) > LEVEL
 
@@ -159,6 +163,7 @@ def test_mixtures_hold_on_every_slide_by_what_it_can_serve():
     assert stream.mixture["declared"].tolist() == pytest.approx([0.2, 0.3, 0.5])
     assert stream.mixture["achieved"].tolist() == pytest.approx([0.3, 0.45, 0.25])
     assert stream.mixture["slides"].tolist() == [2, 2, 1]
+    assert stream.served.to_numpy().tolist() == [["large", 1.0, 2.0], ["small", 1.0, 1.5]]
     common = TileStream(MaskIndex(masks), tile_px=48, mpp=declared, common_mpp=True)
     assert common.slides["slide_id"].tolist() == ["large"]
     assert common.left_out["reason"][0] == "no admissible position at 2 um/px"

@@ -135,7 +135,7 @@ def test_the_command_line_pretrains_embeds_and_probes(cohort, tmp_path, capsys):
     assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz")]) == 0
     assert np.load(tmp_path / "features.npz")["x"].shape[1] == TINY["width"]
     assert main(["tiles", str(tmp_path / "tiny.csv"), str(tmp_path / "png"), "--n=3", "--mpp=1", "--tile-px=64"]) == 0
-    assert len(pd.read_csv(tmp_path / "png" / "tiles.csv")) == len(list((tmp_path / "png").glob("*.png"))) == 3
+    assert len(pd.read_csv(tmp_path / "png" / "manifest.csv")) == len(list((tmp_path / "png").glob("*/*.png"))) == 3
     assert main(["embed", teacher, str(tiles), str(tmp_path / "features.npz"), "--pool", "max"]) == 2
     assert "max" in capsys.readouterr().err
 
