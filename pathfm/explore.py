@@ -1,7 +1,7 @@
 """The tile explorer: where tiles can come from on one slide, which are drawn, and what they look like.
 
 `Explorer.look` computes what a choice of settings leads to and `Explorer.figure` draws it; neither knows of
-widgets. `Explorer.show` adds controls in a live notebook and is a still picture anywhere else.
+widgets. `Explorer.show` is the viewer of `pathfm.viewer` in a live notebook and a still picture anywhere else.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathfm.figures import compact, mpp_colour, round_length, scale_bar
 from pathfm.index import SlideIndex
 from pathfm.positions import count, integral, least_area, span
 from pathfm.sampling import footprint
+from pathfm.slide import MAX_UPSAMPLE
 from pathfm.stream import Tile, TileName, TileStream
 
 SHOWN = 12  # tiles shown large; all are drawn on the slide
@@ -42,7 +43,7 @@ class Settings:
     """What a person chooses."""
 
     slide_id: str
-    mpp: tuple[float, ...] = (0.5,)  # microns per pixel; several are drawn with equal weights
+    mpp: tuple[float, ...] | dict[float, float] = (0.5,)  # microns per pixel: equal weights, or {mpp: weight}
     min_tissue: float = 0.4  # least share of a tile that is foreground
     tiles: int = 24  # drawn
     seed: int = 0
@@ -86,19 +87,17 @@ class Explorer:
     def __init__(self, index: SlideIndex, tile_px: int = 256, mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)):
         self.index, self.tile_px, self.mpps = index, tile_px, tuple(mpps)
         self.slide_ids = list(index.usable["slide_id"])
-        if not self.slide_ids:
-            raise InputError("the index has no usable slide to explore; see index.slides for the reasons")
         self._overview = lru_cache(8)(self._read_overview)
         self._tile = lru_cache(256)(self._read_tile)
 
     def look(self, settings: Settings | None = None, **changes) -> Look:
         """What `settings` (the first slide's where None), with `changes`, lead to. No slide pixel is read."""
+        if not self.slide_ids:
+            raise InputError("the index has no usable slide to explore; see index.slides for the reasons")
         settings = replace(settings or Settings(self.slide_ids[0]), **changes)
-        row = self.index.subset([settings.slide_id]).usable
         mask, um_per_px = self.index.mask(settings.slide_id)
-        if row.empty:
-            raise InputError(f"slide '{settings.slide_id}' is quarantined; see index.slides for the reason")
-        row, counts, centres = row.iloc[0], {}, np.zeros_like(mask)
+        row = self.index.subset([settings.slide_id]).usable.iloc[0]
+        counts, centres = {}, np.zeros_like(mask)
         for mpp in settings.mpp:
             found = footprint(row.mpp, [float(d) for d in row.levels.split()], self.tile_px, mpp)
             counts[mpp] = 0
@@ -136,59 +135,30 @@ class Explorer:
         FigureCanvasAgg(fig).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
+    def viewer(self, settings: Settings | None = None, **changes):
+        """The slide to pan and zoom, with controls for every setting: a `pathfm.viewer.Viewer`, for JupyterLab."""
+        from pathfm.viewer import Viewer
+
+        return Viewer(self, replace(settings or Settings(next(iter(self.slide_ids), "")), **changes))
+
     def show(self, settings: Settings | None = None, **changes) -> None:
-        """Displays the explorer: with controls before a person, else as one picture."""
+        """Displays the explorer: the viewer before a person, else one picture with a text that is always the same."""
         from IPython.display import display
 
-        look = self.look(settings, **changes)
-        png = self.png(look)
-        bundle = {"text/plain": f"Explorer: {look}", "image/png": base64.b64encode(compact(png)).decode()}
         if any(name in os.environ for name in LIVE):
-            bundle |= _view(self.widget(look, png))
-        display(bundle, raw=True)
-
-    def widget(self, look: Look | None = None, png: bytes | None = None):
-        """Controls above the picture; every change of one redraws it. An ipywidgets.VBox, `.controls` by name."""
-        import ipywidgets as w
-
-        look = look or self.look()
-        s = look.settings
-        wide = {"style": {"description_width": "95px"}, "layout": {"width": "350px"}}
-        controls = {
-            "slide_id": w.Dropdown(options=self.slide_ids, value=s.slide_id, description="slide", **wide),
-            "mpp": w.Dropdown(options=self._mpp_choices(s.mpp), value=s.mpp, description="mpp (µm/px)", **wide),
-            "seed": w.BoundedIntText(value=s.seed, min=0, max=2**31, description="seed", **wide),
-            "min_tissue": w.FloatSlider(
-                value=s.min_tissue, min=0, max=1, step=0.05, description="foreground ≥", readout_format=".0%",
-                continuous_update=False, **wide,
-            ),
-            "tiles": w.IntSlider(
-                value=s.tiles, min=1, max=200, description="tiles", continuous_update=False, **wide
-            ),
-        }  # fmt: skip
-        picture = w.Image(value=png or self.png(look), format="png", layout={"width": "100%", "max_width": "1100px"})
-
-        def redraw(_) -> None:
-            chosen = {name: control.value for name, control in controls.items()}
-            picture.value = self.png(self.look(Settings(**chosen)))
-
-        for control in controls.values():
-            control.observe(redraw, names="value")
-        grid = w.Layout(display="flex", flex_flow="row wrap", max_width="1100px")
-        box = w.VBox([w.Box(list(controls.values()), layout=grid), picture])
-        box.controls, box.picture = controls, picture
-        return box
-
-    def _mpp_choices(self, chosen: tuple[float, ...]) -> list[tuple[str, tuple[float, ...]]]:
-        singles = [(mpp,) for mpp in self.mpps]
-        sets = dict.fromkeys([*singles, self.mpps, tuple(chosen)])
-        return [(" + ".join(f"{mpp:g}" for mpp in one), one) for one in sets]
+            display(self.viewer(settings, **changes))
+            return
+        look = self.look(settings, **changes)
+        png = base64.b64encode(compact(self.png(look))).decode()
+        display({"text/plain": f"Explorer: {look}", "image/png": png}, raw=True)
 
     def _stream(self, settings: Settings, served: list[float]) -> TileStream | None:
         if not served:
             return None
         one = self.index.subset([settings.slide_id])
-        return TileStream(one, self.tile_px, tuple(served), settings.min_tissue, settings.seed)
+        weights = settings.mpp if isinstance(settings.mpp, dict) else dict.fromkeys(settings.mpp, 1.0)
+        mixture = {mpp: weights[mpp] for mpp in served}
+        return TileStream(one, self.tile_px, mixture, settings.min_tissue, settings.seed)
 
     def _read_overview(self, slide_id: str) -> tuple[np.ndarray, float]:
         """The slide's picture and its um/px: at most OVERVIEW_PX wide or high, never finer than the slide."""
@@ -224,7 +194,7 @@ class Explorer:
         ax.set(anchor="NW")
         tiles = self.tiles(look)
         if not tiles:
-            ax.text(0.5, 0.5, _nothing(look), ha="center", va="center", fontsize=10, transform=ax.transAxes)
+            ax.text(0.5, 0.5, nothing(look), ha="center", va="center", fontsize=10, transform=ax.transAxes)
             return
         columns = {1: 1, 2: 2, 3: 2, 4: 2}.get(len(tiles), 4 if len(tiles) > 6 else 3)
         step = self.tile_px + GAP_PX
@@ -354,19 +324,14 @@ def _short(n: int) -> str:
     return f"{n / 1e6:.1f} million" if n >= 1e6 else f"{n:,}"
 
 
-def _nothing(look: Look) -> str:
-    return (
-        f"No position has {look.settings.min_tissue:.0%} foreground at "
-        f"{' + '.join(f'{mpp:g}' for mpp in look.settings.mpp)} µm/px.\n\n"
-        f"This slide was scanned at {look.slide_mpp:.3g} µm/px and serves no finer scale.\n"
-        "Choose a coarser one, or lower the threshold."
-    )
-
-
-def _view(widget) -> dict:
-    """What makes a front end show a widget in place of the picture."""
-    return {
-        "application/vnd.jupyter.widget-view+json": {
-            "version_major": 2, "version_minor": 0, "model_id": widget.model_id
-        }
-    }  # fmt: skip
+def nothing(look: Look) -> str:
+    """Why a look has no tile, and what to do."""
+    mpps = list(look.settings.mpp)
+    scales = " + ".join(f"{mpp:g}" for mpp in mpps)
+    text = f"No position has {look.settings.min_tissue:.0%} foreground at {scales} µm/px.\n"
+    if max(mpps) * MAX_UPSAMPLE < look.slide_mpp:
+        return (
+            text
+            + f"This slide was scanned at {look.slide_mpp:.3g} µm/px and serves no finer scale. Choose a coarser one."
+        )
+    return text + "Lower the threshold, or choose a finer scale, whose tiles are smaller."

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pathfm import InputError, TileStream, explore
-from pathfm.explore import Explorer, Settings
+from pathfm.explore import Explorer
 from pathfm.positions import count
 
 
@@ -102,15 +102,17 @@ def test_headless_it_shows_a_still_picture_with_stable_text(explorer, coarse, mo
     assert shown[0]["text/plain"].startswith(f"Explorer: {coarse}, foreground at least 40%: ")
 
 
-def test_controls_redraw_the_picture(explorer, coarse):
-    box = explorer.widget(explorer.look(slide_id=coarse))
-    seen = {box.picture.value}
-    for name, value in {"min_tissue": 0.9, "tiles": 3, "seed": 5, "mpp": (1.0,)}.items():
-        box.controls[name].value = value
-        seen.add(box.picture.value)
-    assert len(seen) == 5
-    now = Settings(coarse, mpp=(1.0,), min_tissue=0.9, tiles=3, seed=5)
-    assert box.picture.value == explorer.png(explorer.look(now))
+def test_weights_are_those_of_the_stream(explorer, coarse):
+    look = explorer.look(slide_id=coarse, mpp={0.5: 1, 1.0: 3}, tiles=400)
+    assert look.stream.weights == {0.5: 0.25, 1.0: 0.75}
+    assert 260 < (look.names["mpp"] == 1.0).sum() < 340
+
+
+def test_an_index_without_a_usable_slide_is_refused(explorer):
+    empty = Explorer(explorer.index.subset("slide_id == 'tiny-000'"), 128)
+    empty.slide_ids = []
+    with pytest.raises(InputError, match="no usable slide to explore"):
+        empty.look()
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.7, 1.0])

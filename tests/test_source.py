@@ -12,7 +12,6 @@ import threading
 import numpy as np
 import pytest
 import tifffile
-from loky import ProcessPoolExecutor
 from servers import Faulty
 from slide_files import tissue_pixels, write_slide
 
@@ -222,7 +221,7 @@ def test_opening_asks_once_and_not_at_all_where_size_and_tag_are_known(server, r
 
 def test_reading_in_another_process(path, remote, data):
     """A pickled source asks for nothing when it is opened there, and holds nothing open here."""
-    with ProcessPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         for opened in (open_source(path), remote):
             again = pickle.loads(pickle.dumps(opened))
             assert (again.path, again.size, again.tag, again.identity) == (
