@@ -25,6 +25,7 @@ class Slides(NamedTuple):
     extent: np.ndarray  # (S, 4) int64: left, top, right, bottom of the tissue
     mpp: np.ndarray  # (S,) float64: of level 0
     downsamples: np.ndarray  # (S,) tuples of level-0 px per pixel of each level
+    scales: np.ndarray  # (S,) tuples of the fractions 1/scale of its size that a level decodes to
     names: np.ndarray  # (S,) uint64: hash of slide_id, which keys tiles_per_slide
 
     def only(self, keep: np.ndarray) -> Slides:
@@ -58,10 +59,17 @@ def slides_of(table: pd.DataFrame, words: np.ndarray, names) -> Slides:
     """From the rows of an index and hashes of the slides' names."""
     masks = table[["mask_start", "mask_words", "cell_px"]].to_numpy(np.int64)
     size = table[["width_px", "height_px"]].to_numpy(np.int64)
-    downsamples = np.empty(len(table), object)
-    downsamples[:] = [tuple(float(d) for d in levels.split()) for levels in table["levels"]]
-    mpp = table["mpp"].to_numpy(np.float64)
-    return Slides(words, masks, size, _extents(words, masks, size), mpp, downsamples, np.array(names, np.uint64))
+    mpp, extents = table["mpp"].to_numpy(np.float64), _extents(words, masks, size)
+    scales = table["scales"] if "scales" in table else pd.Series("1", table.index)
+    downsamples, scales = _tuples(table["levels"], float), _tuples(scales, int)
+    return Slides(words, masks, size, extents, mpp, downsamples, scales, np.array(names, np.uint64))
+
+
+def _tuples(column: pd.Series, kind: type) -> np.ndarray:
+    """(S,) tuples of the numbers in each text."""
+    found = np.empty(len(column), object)
+    found[:] = [tuple(kind(part) for part in text.split()) for text in column]
+    return found
 
 
 @njit(cache=True, nogil=True)
@@ -81,12 +89,13 @@ def footprint(
     mpp: float,
     max_upsample: float = MAX_UPSAMPLE,
     resample: str = "auto",
+    scales: tuple[int, ...] = (1,),
 ) -> tuple[int, float] | None:
     """(grid, side) in level-0 px of a tile of tile_px pixels at `mpp`, or None where the slide is too coarse.
 
-    The side is that of the tile returned: where a level within 1 % passes through, its own mpp counts.
+    The side is that of the tile returned: where a level, or 1/scale of one, passes through, its own mpp counts.
     """
-    plan = plan_read(slide_mpp, downsamples, mpp, max_upsample, resample)
+    plan = plan_read(slide_mpp, downsamples, mpp, max_upsample, resample, scales)
     return plan and (plan.grid, tile_px * plan.mpp / slide_mpp)
 
 
@@ -96,9 +105,9 @@ def spots(slides: Slides, chosen: np.ndarray, asked: np.ndarray, tiling: Tiling)
     mpp, resampled = np.full(number, np.nan), np.zeros(number, bool)
     grid = np.ones(number, np.int64)
     own = slides.mpp[chosen]
-    levels = slides.downsamples[chosen]
+    levels, scales = slides.downsamples[chosen], slides.scales[chosen]
     for n, (slide_mpp, value) in enumerate(zip(own.tolist(), asked.tolist(), strict=True)):
-        plan = plan_read(slide_mpp, levels[n], value, tiling.max_upsample, tiling.resample)
+        plan = plan_read(slide_mpp, levels[n], value, tiling.max_upsample, tiling.resample, scales[n])
         if plan is not None:
             mpp[n], resampled[n], grid[n] = plan.mpp, plan.resampled, plan.grid
     there = ~np.isnan(mpp)

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
 from collections import OrderedDict
-from contextlib import closing
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from pathfm import jobs, positions, tissue
+from pathfm import jobs, positions, stores, tilemap, tissue
 from pathfm.cohort import TEXT, Cohort, select
 from pathfm.errors import InputError, nearest
 from pathfm.sampling import footprint
 from pathfm.slide import Slide
+from pathfm.source import open_all
 from pathfm.storage import atomic, cache_dir, explained, progress, read_json, write_json
+from pathfm.tilemap import Shift, TileMap
 
-VERSION = 2  # of what is stored and how masks are made; an index of another version is made anew
+VERSION = 3  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
+HEADER_BYTES = 1024  # of a .npy whose length is known when it is written
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide
 OPEN_SLIDES = 32  # handles kept per process
 WORTH_PROCESSES = 300 * 2**20  # bytes of slides; fewer are indexed sooner than processes start
 
-WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words"]  # columns that hold whole numbers
+# Columns that hold whole numbers.
+WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words", "first_level", "bytes"]
 WHOLE += [f"positions@{mpp}" for mpp in STANDARD_MPP]
+READING = ["reader", "fallback", "codec", "scales", "tag"]  # columns that say how a slide is read
 
 
 class SlideIndex:
@@ -37,15 +44,18 @@ class SlideIndex:
     folder   where it is stored
     slides   DataFrame, one row a slide of the cohort with its columns and: status ("ok", "quarantined"),
              reason, width_px, height_px, mpp, levels ("1 4 16"), cell_px (level-0 px per mask pixel),
-             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, blur_mm2, positions@0.25 ... (256 px tiles, 40 % tissue)
+             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, blur_mm2, positions@0.25 ... (256 px tiles, 40 % tissue),
+             reader ("ranges", "openslide"), fallback (why OpenSlide reads), codec, scales ("1 2 4 8", the fractions
+             of its size that a level decodes to), bytes and tag (of the version of the file that was indexed)
     usable   the rows that are ok
+    tiles    TileMap: where the compressed tiles of all slides lie, memory-mapped
 
-    Picklable: a worker process maps the masks and opens the slides itself.
+    Picklable: a worker process maps masks and tiles and opens the slides itself.
     """
 
     def __init__(self, folder: Path, slides: pd.DataFrame):
         self.folder, self.slides = Path(folder), slides
-        self._words = self._where = None
+        self._words = self._tiles = self._where = None
 
     @classmethod
     def build(
@@ -54,6 +64,7 @@ class SlideIndex:
         folder: str | Path | None = None,
         workers: int | None = None,
         scheduler: str | None = None,
+        checksums: bool = False,
     ) -> SlideIndex:
         """The index of a cohort, made in parallel; what an earlier, interrupted build finished is kept.
 
@@ -61,21 +72,29 @@ class SlideIndex:
         workers    processes on this machine; None: one per core where the cohort is worth it, 0: this process
         scheduler  address of a Dask scheduler, such as "tcp://host:8786", whose workers scan the slides. They see
                    the slides under the same paths and have the same pathfm; `folder` is written here alone
+        checksums  store a CRC-32 of every compressed tile, 4 bytes each, against which every read is held: any
+                   changed byte is then an error. All files are read once. Without, damage is found where the file
+                   or the decoder can show it, and a flipped bit may pass as another picture
 
         A slide that cannot be read is quarantined with its reason, and so is one that ends the process reading it.
         Raises InputError where that is every one, `folder` cannot be written, or the scheduler is not to be had.
         """
         folder = Path(folder) if folder else cache_dir() / "index" / _cohort_key(cohort)
-        found, todo = {}, {}
-        for row in cohort:
-            job = (row.path, getattr(row, "mpp", None))
-            part = _part(*job)
-            if part is not None and (folder / "parts" / part).is_file():
-                found[row.slide_id] = folder / "parts" / part
+        found, todo, size = {}, {}, 0
+        for row, source in zip(cohort, open_all(cohort.table["path"].tolist()), strict=True):
+            if isinstance(source, InputError):
+                found[row.slide_id] = str(source).replace(row.path, _name(row.path))
+                continue
+            mpp = getattr(row, "mpp", None)
+            part = folder / "parts" / _part(source.identity, mpp, checksums)
+            if part.is_file():
+                found[row.slide_id] = part
             else:
-                todo[row.slide_id] = (*job, VERSION)
-        results = jobs.run(_scan_or_reason, todo, _crash, _workers(todo, workers, scheduler), scheduler)
-        with closing(results):
+                todo[row.slide_id] = row.path, mpp, checksums, part.name, VERSION
+                size += source.size
+            source.close()
+        results = jobs.run(_scan_or_reason, todo, _crash, _workers(size, workers, scheduler), scheduler)
+        with contextlib.closing(results):
             for slide_id, result in progress(results, "indexing", len(todo), "slide"):
                 found[slide_id] = result if isinstance(result, str) else _keep(folder / "parts", *result)
         _merge(cohort, folder, found)
@@ -92,8 +111,9 @@ class SlideIndex:
             raise InputError(
                 f"{folder} holds an index of version {about.get('version')}, this is {VERSION}; build it again"
             )
-        types = dict.fromkeys([*TEXT, "status", "reason", "levels"], str) | dict.fromkeys(WHOLE, "Int64")
+        types = dict.fromkeys([*TEXT, *READING, "status", "reason", "levels"], str) | dict.fromkeys(WHOLE, "Int64")
         slides = pd.read_csv(folder / "slides.csv", dtype=types)
+        slides[READING] = slides[READING].fillna("")
         return cls(folder, slides)
 
     @property
@@ -112,6 +132,12 @@ class SlideIndex:
             self._words = np.asarray(np.load(self.folder / "masks.npy", mmap_mode="r"))
         return self._words
 
+    @property
+    def tiles(self) -> TileMap:
+        if self._tiles is None:
+            self._tiles = tilemap.load(self.folder)
+        return self._tiles
+
     def mask(self, slide_id: str) -> tuple[np.ndarray, float]:
         """The tissue mask of a slide, (h, w) bool, and its um/px."""
         row = self._row(slide_id)
@@ -126,13 +152,20 @@ class SlideIndex:
     def slide(self, slide_id: str) -> Slide:
         """The slide, open; a process keeps at most OPEN_SLIDES."""
         row = self._row(slide_id)
-        downsamples = [float(d) for d in row.levels.split()]
-        return _OPEN.get(Slide(row.path, row.width_px, row.height_px, row.mpp, downsamples))
+        return _OPEN.get((row.path, row.mpp, row.tag), lambda: self._slide(row))
+
+    def _slide(self, row) -> Slide:
+        downsamples, scales = row.levels.split(), [int(scale) for scale in row.scales.split()]
+        tiles = self.tiles if row.reader == "ranges" else None
+        first = row.first_level if tiles is not None else 0
+        size = row.width_px, row.height_px, row.mpp
+        version = row.tag, int(row.bytes)
+        return Slide(row.path, *size, downsamples, tiles, first, scales, version, fallback=row.fallback)
 
     def subset(self, which) -> SlideIndex:
         """Fewer slides of the same folder: a query ("role == 'pretrain'"), a mask over `slides`, or slide_ids."""
         fewer = SlideIndex(self.folder, select(self.slides, which))
-        fewer._words = self._words
+        fewer._words, fewer._tiles = self._words, self._tiles
         return fewer
 
     def __len__(self) -> int:
@@ -143,14 +176,15 @@ class SlideIndex:
         return f"SlideIndex({usable} slides, {len(self) - usable} quarantined)"
 
     def __getstate__(self) -> dict:
-        return {"folder": self.folder, "slides": self.slides, "_words": None, "_where": None}
+        return {"folder": self.folder, "slides": self.slides, "_words": None, "_tiles": None, "_where": None}
 
     def _row(self, slide_id: str):
+        """A slide's row as a named tuple; the table is turned into rows once, for looking one up in it is slow."""
         if self._where is None:
-            self._where = {name: at for at, name in enumerate(self.slides["slide_id"])}
+            self._where = {row.slide_id: row for row in self.slides.itertuples(index=False)}
         if slide_id not in self._where:
             raise InputError(f"no slide '{slide_id}' in the index.{nearest(slide_id, self._where)}")
-        row = self.slides.iloc[self._where[slide_id]]
+        row = self._where[slide_id]
         if row.status != "ok":
             raise InputError(f"slide '{slide_id}' is quarantined: {row.reason}")
         return row
@@ -165,17 +199,17 @@ class _Open:
     """At most OPEN_SLIDES open slides of this process, least recently used first."""
 
     def __init__(self):
-        self._slides: OrderedDict[str, Slide] = OrderedDict()
+        self._slides: OrderedDict[tuple, Slide] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, slide: Slide) -> Slide:
+    def get(self, key: tuple, make: Callable[[], Slide]) -> Slide:
+        """The slide kept under (path, mpp, tag), or a new one."""
         with self._lock:
-            kept = self._slides.pop(slide.path, slide)
-            kept = kept if kept.mpp == slide.mpp else slide
-            self._slides[slide.path] = kept
+            slide = self._slides.pop(key, None) or make()
+            self._slides[key] = slide
             if len(self._slides) > OPEN_SLIDES:
                 self._slides.popitem(last=False)  # closed when the last reader lets go of it
-            return kept
+            return slide
 
 
 _OPEN = _Open()
@@ -186,14 +220,9 @@ def _cohort_key(cohort: Cohort) -> str:
     return f"{cohort.name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
-def _part(path: str, mpp) -> str | None:
-    """Name of the finished scan of this very file; None where there is no such file."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    text = f"{VERSION} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {mpp}"
-    return f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.npz"
+def _part(identity: str, mpp, checksums: bool) -> str:
+    """Name of the finished scan of one version of a file."""
+    return f"{hashlib.blake2b(f'{VERSION} {identity} {mpp} {checksums}'.encode(), digest_size=16).hexdigest()}.npz"
 
 
 def _keep(parts: Path, name: str, found: dict) -> Path:
@@ -202,35 +231,42 @@ def _keep(parts: Path, name: str, found: dict) -> Path:
     return parts / name
 
 
-def _workers(todo: dict, workers: int | None, scheduler: str | None) -> int:
+def _workers(size: int, workers: int | None, scheduler: str | None) -> int:
+    """Processes on this machine for files of `size` bytes together."""
     if scheduler and workers is not None:
         raise InputError(
             f"workers={workers} are of this machine and scheduler={scheduler} has its own; give one of them"
         )
     if scheduler or workers is not None:
         return workers or 0
-    size = sum(os.stat(path).st_size for path, *_ in todo.values() if os.path.isfile(path))
     return (os.cpu_count() or 1) if size > WORTH_PROCESSES else 0
 
 
-def _scan_or_reason(path: str, mpp, version: int) -> tuple[str, dict] | str:
-    """The name and content of the part, or why this slide is quarantined: whatever a file does, others go on."""
+def _scan_or_reason(path: str, mpp, checksums: bool, part: str, version: int) -> tuple[str, dict] | str:
+    """The name and content of the part, or why this slide is quarantined: whatever a file does, others go on.
+
+    The part is named by the file as it was before: one that changes meanwhile is read again.
+    """
     if version != VERSION:
         raise InputError(f"a worker makes indexes of version {VERSION}, not {version}; install the same pathfm there")
-    name, part = Path(path).name, _part(path, mpp)  # named before it is read: one that changes meanwhile is read again
     try:
-        return part, _scan(path, None if mpp is None or pd.isna(mpp) else mpp)
+        return part, _scan(path, None if mpp is None or pd.isna(mpp) else mpp, checksums)
     except InputError as error:
-        return str(error).replace(str(path), name)
+        return str(error).replace(str(path), _name(path))
     except Exception as error:
-        return f"{name} cannot be indexed ({type(error).__name__}: {error}); look at it and leave it out"
+        return f"{_name(path)} cannot be indexed ({type(error).__name__}: {error}); look at it and leave it out"
 
 
-def _crash(path: str, mpp, version: int) -> str:
-    return f"{Path(path).name} crashes its reader; fetch the file again or leave it out"
+def _crash(path: str, *_) -> str:
+    return f"{_name(path)} crashes its reader; fetch the file again or leave it out"
 
 
-def _scan(path: str, mpp: float | None) -> dict:
+def _name(path: str) -> str:
+    """A slide's file as reasons give it: without folders, and without what is secret in an address."""
+    return stores.shown(path) if stores.is_address(path) else Path(path).name
+
+
+def _scan(path: str, mpp: float | None, checksums: bool) -> dict:
     """A slide's geometry, packed mask and counts. Raises InputError with the reason where it is no use."""
     with Slide.open(path, mpp) as slide:
         size = slide.width_px, slide.height_px
@@ -253,7 +289,22 @@ def _scan(path: str, mpp: float | None) -> dict:
         found |= {f"{kind}_mm2": round(tissue.area_mm2(m, um_per_px), 4) for kind, m in artefacts.items()}
         for asked in STANDARD_MPP:
             found[f"positions@{asked}"] = _standard_count(mask, cell, slide, asked)
-        return found | {"mask": positions.pack(mask)}
+        found |= {
+            "reader": slide.reader,
+            "fallback": slide.fallback,
+            "codec": slide.codec,
+            "scales": " ".join(map(str, slide.scales)),
+            "tag": slide.version[0] if slide.version else "",
+            "bytes": slide.version[1] if slide.version else 0,
+        }
+        tiles = slide.tiles or tilemap.empty()
+        if checksums and slide.tiles is not None:
+            tiles = tiles._replace(checks=slide.checks())
+        return found | {
+            "mask": positions.pack(mask).reshape(-1),
+            "mask_words": -(-mask.shape[1] // 64),
+            **_named(tiles),
+        }
 
 
 def _tissue(slide: Slide, cell: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -286,6 +337,7 @@ def _detail(slide: Slide, cell: int, mask: np.ndarray, glass: np.ndarray) -> np.
             (right - left + 2 * margin) * tissue.DETAIL,
             (bottom - top + 2 * margin) * tissue.DETAIL,
             finer,
+            resample="always",  # the same filter whichever levels there are: focus is judged by it
         )
         inner = tissue.detail(rgb, glass)[:, margin:-margin, margin:-margin]
         found[:, top:bottom, left:right] = inner
@@ -299,27 +351,33 @@ def _touch_corners(slide: Slide) -> None:
 
 
 def _standard_count(mask: np.ndarray, cell: int, slide: Slide, mpp: float) -> int:
-    found = footprint(slide.mpp, slide.level_downsamples, STANDARD_TILE_PX, mpp)
+    found = footprint(slide.mpp, slide.level_downsamples, STANDARD_TILE_PX, mpp, scales=slide.scales)
     if found is None:
         return 0
     grid, side = found
     return positions.count(mask, cell, (slide.width_px, slide.height_px), side, grid, STANDARD_MIN_TISSUE)
 
 
+def _named(tiles: TileMap) -> dict[str, np.ndarray]:
+    return {f"tilemap.{name}": array for name, array in tiles._asdict().items()}
+
+
 def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
-    """Write slides.csv, masks.npy and, last, index.json from the parts; nothing where they are there already."""
-    rows, masks, start = [], [], 0
+    """Write slides.csv, the arrays and, last, index.json from the parts; nothing where they are there already.
+
+    One part is in memory at a time.
+    """
+    rows, parts, words, levels = [], [], 0, 0
     for row in cohort:
         result = found[row.slide_id]
         if isinstance(result, str):
             rows.append({"status": "quarantined", "reason": result})
             continue
         with np.load(result, allow_pickle=False) as part:
-            facts = {key: part[key].item() for key in part.files if key != "mask"}
-            mask = part["mask"]
-        rows.append({"status": "ok", **facts, "mask_start": start, "mask_words": mask.shape[1]})
-        masks.append(mask.reshape(-1))
-        start += mask.size
+            facts = {key: part[key].item() for key in part.files if key not in ("mask", *tilemap.FILES)}
+            rows.append({"status": "ok", **facts, "mask_start": words, "first_level": levels})
+            words, levels = words + len(part["mask"]), levels + len(part["tilemap.levels"])
+        parts.append(result)
     reasons = [row["reason"] for row in rows if row["status"] != "ok"]
     if len(reasons) == len(rows):
         raise InputError(
@@ -335,8 +393,30 @@ def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
         return
     with explained(folder / "index.json"), FileLock(folder / ".lock"):
         (folder / "index.json").unlink(missing_ok=True)  # so that no mixture of two indexes is ever opened
-        with atomic(folder / "masks.npy") as file:
-            np.save(file, np.concatenate(masks))
+        with contextlib.ExitStack() as files:
+            names = {"mask": "masks.npy"} | {name: f"{name}.npy" for name in tilemap.FILES}
+            _append({name: files.enter_context(atomic(folder / file)) for name, file in names.items()}, parts)
         with atomic(folder / "slides.csv", "w") as file:
             file.write(table)
         write_json(folder / "index.json", about)
+
+
+def _append(files: dict[str, IO], parts: Iterable[Path]) -> None:
+    """Write each array of all parts, one after another, as one .npy."""
+    before = Shift()
+    lengths, dtypes = dict.fromkeys(files, 0), dict.fromkeys(files)
+    for file in files.values():
+        file.write(bytes(HEADER_BYTES))
+    for path in parts:
+        with np.load(path, allow_pickle=False) as part:
+            tiles = TileMap(*(part[name] for name in tilemap.FILES))
+            arrays = {"mask": part["mask"], **_named(before.move(tiles))}
+            before = before.after(tiles)
+        for name, array in arrays.items():
+            files[name].write(np.ascontiguousarray(array).view(np.uint8).data)
+            lengths[name], dtypes[name] = lengths[name] + len(array), array.dtype
+    for name, file in files.items():
+        file.seek(0)
+        about = {"descr": np.lib.format.dtype_to_descr(dtypes[name]), "fortran_order": False, "shape": (lengths[name],)}
+        text = repr(about).encode().ljust(HEADER_BYTES - 11) + b"\n"
+        file.write(np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text)

@@ -22,7 +22,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
-from pathfm import checkpoint, logbook
+from pathfm import checkpoint, logbook, stores
 from pathfm.augment import MultiCrop, scale_table
 from pathfm.cohort import patient_of
 from pathfm.config import SMOKE, PretrainConfig
@@ -218,6 +218,7 @@ class Training:
             batch_size=size,
             sampler=range(self.step * size, self.config.steps * size),
             num_workers=self.config.workers,
+            multiprocessing_context="forkserver" if self.config.workers and _far(stream) else None,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -416,3 +417,9 @@ def _provenance() -> dict[str, Any]:
     from pathfm.runs import provenance
 
     return provenance()
+
+
+def _far(stream: Any) -> bool:
+    """Whether a stream's slides lie in a store: then a forked worker could not read them (`stores.same_process`)."""
+    slides = getattr(stream, "slides", None)
+    return slides is not None and any(stores.is_address(path) for path in slides.get("path", ()))

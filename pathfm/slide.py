@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import openslide
 from PIL import Image
 
+from pathfm import reading, stores
+from pathfm.decode import Recipe, recipe
+from pathfm.directory import Unsupported, read_directory
 from pathfm.errors import InputError
+from pathfm.reading import Job, ReadPlan
+from pathfm.source import Source, open_source
+from pathfm.tilemap import BLOCK, TileMap, Wanted, tiles_of
 
 MPP_TOLERANCE = 0.01  # a level this close to the mpp asked for is returned as it is
 MAX_UPSAMPLE = 1.1  # many 40x slides are 0.2525 mpp: up to 10 % finer than the slide is interpolated
 COARSEST_TAG_MPP = 20.0  # a TIFF resolution tag beyond this is meant for printers (72 dpi is 353 um/px)
-CACHE_BYTES = 64 * 2**20  # of decoded tiles, for all open slides of a process together
+CACHE_BYTES = 64 * 2**20  # of decoded tiles, for all slides that OpenSlide reads in a process together
+LARGEST_TILE_PX = 8192 * 8192  # a tile that is said to be larger is damage
 BLOCK_PX = 4096 * 4096  # source pixels held at once while resampling
 THREE_WAYS = "give it one: a column 'mpp' in the cohort, Slide.open(path, mpp=...), or mend the file's own metadata"
-
-
-class ReadPlan(NamedTuple):
-    """How a slide serves an mpp: the level read, the true mpp returned, the grid of whole positions."""
-
-    level: int
-    downsample: float  # level-0 pixels per pixel of that level
-    mpp: float  # of the pixels returned
-    grid: int  # g, in level-0 pixels; positions on it are whole
-    resampled: bool  # False where the level's own pixels are returned
 
 
 def plan_read(
@@ -39,66 +36,110 @@ def plan_read(
     mpp: float,
     max_upsample: float = MAX_UPSAMPLE,
     resample: str = "auto",
+    scales: Sequence[int] = (1,),
 ) -> ReadPlan | None:
     """The plan that serves `mpp`, or None where the slide is too coarse for it.
 
-    A level within 1 % of `mpp` passes through with its own true mpp; otherwise the coarsest level that is
-    at least as fine is resampled to exactly `mpp`. `resample="always"` never passes through.
+    scales   the fractions 1/scale of its size that a level decodes to, 1 among them
+
+    A level, or a fraction of one, within 1 % of `mpp` passes through with its own true mpp; otherwise the coarsest
+    that is at least as fine is resampled to exactly `mpp`. `resample="always"` never passes through, and resamples
+    whole levels only, so that every tile has been through the same filter.
     """
     if resample not in ("auto", "always"):
         raise InputError(f"resample={resample!r} is neither 'auto' nor 'always'")
     if not mpp > 0:
         raise InputError(f"mpp={mpp!r} is not a positive number of microns per pixel")
-    scale = mpp / slide_mpp
-    whole = round(scale)
-    near = whole >= 1 and abs(scale - whole) <= MPP_TOLERANCE * whole
-    if not near and scale * max_upsample < 1 - 1e-9:
+    ratio = mpp / slide_mpp
+    whole = round(ratio)
+    near = whole >= 1 and abs(ratio - whole) <= MPP_TOLERANCE * whole
+    if not near and ratio * max_upsample < 1 - 1e-9:
         return None
     grid = whole if near else 1
-    if resample == "auto" and near and whole in downsamples:
-        return ReadPlan(list(downsamples).index(whole), float(whole), whole * slide_mpp, grid, False)
-    fine = [level for level, down in enumerate(downsamples) if down <= scale * (1 + MPP_TOLERANCE)]
-    level = max(fine, key=lambda k: downsamples[k], default=0)
-    return ReadPlan(level, float(downsamples[level]), float(mpp), grid, True)
+    scales = scales if resample == "auto" else (1,)
+    # Coarser levels come later and decode fewer tiles, so they win where several serve alike.
+    served = [(down * scale, level, scale) for level, down in enumerate(downsamples) for scale in scales]
+    exact = [option for option in served if option[0] == whole] if near and resample == "auto" else []
+    fine = [option for option in served if option[0] <= ratio * (1 + MPP_TOLERANCE)]
+    down, level, scale = max(exact or fine, default=(float(downsamples[0]), 0, 1))
+    return ReadPlan(level, float(down), whole * slide_mpp if exact else float(mpp), grid, not exact, scale)
 
 
 class Slide:
-    """A slide on disk. `Slide.open` is the way in; the file is opened when first read, once per process.
+    """A slide on a disk or elsewhere. `Slide.open` is the way in; its file is opened when first read.
 
     path                  as given
     width_px, height_px   of level 0
     mpp                   microns per level-0 pixel
     level_downsamples     level-0 pixels per pixel of each level; 4.0003 that edge truncation explains is 4
+    scales                the fractions 1/scale of its size that a level decodes to: (1, 2, 4, 8) for JPEG
+    reader                "ranges": compressed tiles are read by their byte ranges; "openslide": OpenSlide reads
+    fallback              why OpenSlide reads; "" where it does not
     """
 
-    def __init__(self, path: str | Path, width_px: int, height_px: int, mpp: float, downsamples, vendor=""):
-        self.path, self.vendor = str(path), vendor
+    def __init__(
+        self,
+        path: str | Path,
+        width_px: int,
+        height_px: int,
+        mpp: float,
+        downsamples: Sequence[float],
+        tiles: TileMap | None = None,
+        first_level: int = 0,
+        scales: Sequence[int] = (1,),
+        version: tuple[str, int] | None = None,
+        vendor: str = "",
+        fallback: str = "",
+    ):
+        self.path, self.vendor, self.fallback, self.version = str(path), vendor, fallback, version
         self.width_px, self.height_px, self.mpp = int(width_px), int(height_px), float(mpp)
         self.level_downsamples = tuple(float(d) for d in downsamples)
-        self._handle = self._pid = None
+        self.tiles, self.first_level, self.scales = tiles, int(first_level), tuple(scales)
+        self.reader = "ranges" if tiles is not None else "openslide"
+        self.codec = ""
+        self._source = self._handle = self._pid = None
+        self._recipes: dict[int, Recipe] = {}
 
     @classmethod
     def open(cls, path: str | Path, mpp: float | None = None) -> Slide:
         """The slide at `path`; `mpp` overrides a missing or wrong one.
 
-        Raises InputError when the file is missing, is nothing OpenSlide reads, or has no usable mpp.
+        Raises InputError when the file is missing, damaged, nothing that is read here, or has no usable mpp.
         """
-        handle = _openslide(path)
+        _check_file(path)
+        source = open_source(path)
+        try:
+            directory = read_directory(source)
+        except Unsupported as why:
+            source.close()
+            return cls._by_openslide(path, mpp, str(why))
+        mpp = _checked_mpp(mpp, path) if mpp is not None else _mpp_of(directory.properties, path)
+        full = directory.sizes[0]
+        downsamples = [_downsample(full, size) for size in directory.sizes]
+        tiles, scales = directory.tiles.frozen(), directory.scales
+        slide = cls(path, *full, mpp, downsamples, tiles, 0, scales, (source.tag, source.size), directory.vendor)
+        slide.codec = directory.codec
+        slide._source = source
+        return slide
+
+    @classmethod
+    def _by_openslide(cls, path: str | Path, mpp: float | None, why: str) -> Slide:
+        handle = _openslide(path, why)
         width, height = handle.dimensions
-        downsamples = [_downsample(handle.dimensions, level) for level in handle.level_dimensions]
+        downsamples = [_downsample(handle.dimensions, size) for size in handle.level_dimensions]
         vendor = handle.properties.get("openslide.vendor", "")
         try:
             mpp = _checked_mpp(mpp, path) if mpp is not None else _mpp_of(handle.properties, path)
         except InputError:
             handle.close()
             raise
-        slide = cls(path, width, height, mpp, downsamples, vendor)
+        slide = cls(path, width, height, mpp, downsamples, vendor=vendor, fallback=why)
         slide._handle, slide._pid = handle, os.getpid()
         return slide
 
     def plan(self, mpp: float, max_upsample: float = MAX_UPSAMPLE, resample: str = "auto") -> ReadPlan:
         """How `mpp` is read. Raises InputError where that would upsample beyond `max_upsample`."""
-        plan = plan_read(self.mpp, self.level_downsamples, mpp, max_upsample, resample)
+        plan = plan_read(self.mpp, self.level_downsamples, mpp, max_upsample, resample, self.scales)
         if plan is None:
             raise InputError(
                 f"{self.path} has {self.mpp:g} um/px and cannot serve {mpp:g}: that is an upsampling by "
@@ -152,7 +193,53 @@ class Slide:
         """Let go of the file; a later read opens it again."""
         if self._handle is not None and self._pid == os.getpid():
             self._handle.close()
-        self._handle = None
+        if self._source is not None:
+            self._source.close()
+        self._source = self._handle = None
+
+    def source(self) -> Source:
+        """The slide's bytes; reading them raises InputError where the file is another than the one that was indexed."""
+        if self._source is None:
+            tag, size = self.version or (None, None)
+            self._source = open_source(self.path, size, tag)
+        return self._source
+
+    def checks(self) -> np.ndarray:
+        """The CRC-32 of every compressed tile, level by level, (N,) uint32; the file is read whole."""
+        found = []
+        for level in range(self.first_level, self.first_level + len(self.level_downsamples)):
+            number = tiles_of(self.tiles.levels[level])
+            for at in range(0, number, BLOCK):
+                starts, lengths = self.tiles.find(level, range(at, min(at + BLOCK, number)))
+                found += [zlib.crc32(data) for data in self.source().read(starts.tolist(), lengths.tolist())]
+        return np.array(found, np.uint32)
+
+    def recipe(self, level: int) -> Recipe:
+        """How compressed tiles of a level are decoded; `level` counts in the map."""
+        if level not in self._recipes:
+            facts = self.tiles.levels[level]
+            tables = self.tiles.tables[facts["tables"] : facts["tables"] + facts["tables_length"]].tobytes()
+            self._recipes[level] = recipe(facts, tables)
+        return self._recipes[level]
+
+    def openslide_window(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, float]]:
+        """Pixels of a level on white, as OpenSlide reads them, and how far right and down of the corner they lie.
+
+        OpenSlide takes whole level-0 positions and divides them by its own downsample (4.0003), so that the
+        corner it reads can be off by up to half a level-0 pixel; the distance is in level pixels.
+        """
+        handle = self._open()
+        down = handle.level_downsamples[wanted.level]
+        x, y = round(wanted.left * down), round(wanted.top * down)
+        try:
+            image = handle.read_region((x, y), wanted.level, (wanted.width, wanted.height))
+        except openslide.OpenSlideError as error:
+            self._handle = None  # OpenSlide refuses every read after a failed one
+            raise InputError(
+                f"{self.path} is damaged: reading level {wanted.level} at ({x}, {y}) failed with '{error}'; "
+                "fetch the file again"
+            ) from None
+        return np.array(_on_white(image)), (wanted.left - x / down, wanted.top - y / down)
 
     def __enter__(self) -> Slide:
         return self
@@ -161,7 +248,16 @@ class Slide:
         self.close()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_handle": None, "_pid": None}
+        """Without what is open, and with its own part of an index's map only."""
+        state = {**self.__dict__, "_handle": None, "_pid": None, "_source": None, "_recipes": {}}
+        if self.tiles is not None:
+            own = self.tiles.part(self.first_level, self.first_level + len(self.level_downsamples))
+            state |= {"tiles": own, "first_level": 0}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.tiles = self.tiles and self.tiles.frozen()
 
     def __repr__(self) -> str:
         levels = "-".join(f"{d:g}" for d in self.level_downsamples)
@@ -169,24 +265,10 @@ class Slide:
 
     def _pixels(self, x: float, y: float, width: int, height: int, plan: ReadPlan) -> np.ndarray:
         """width x height pixels at plan.mpp from the corner (x, y)."""
-        down = plan.downsample
-        step = plan.mpp / self.mpp / down  # level pixels per output pixel
-        left, top = x / down, y / down
-        if not plan.resampled and left == int(left) and top == int(top):
-            return np.array(self._level(int(left), int(top), width, height, plan)[0])
-        if width * height * step * step > BLOCK_PX and max(width, height) > 1:
-            return self._in_halves(x, y, width, height, plan)
-        margin = math.ceil(2 * max(step, 1)) + 2  # the bicubic filter reaches two output pixels
-        col, row = math.floor(left) - margin, math.floor(top) - margin
-        size = [math.ceil(n * step) + 2 * margin + 1 for n in (width, height)]
-        image, (at_col, at_row) = self._level(col, row, *size, plan)
-        box = (
-            left - at_col,
-            top - at_row,
-            left - at_col + width * step,
-            top - at_row + height * step,
-        )
-        return np.array(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+        step = plan.mpp / self.mpp / plan.downsample
+        if not plan.resampled or width * height * step * step <= BLOCK_PX or max(width, height) == 1:
+            return reading.read([Job(self, plan, x, y, width, height)])[0]
+        return self._in_halves(x, y, width, height, plan)
 
     def _in_halves(self, x: float, y: float, width: int, height: int, plan: ReadPlan) -> np.ndarray:
         """`_pixels` of a region too large to hold, in two parts that agree where they meet."""
@@ -199,54 +281,55 @@ class Slide:
         rest = self._pixels(x, y + half * scale, width, height - half, plan)
         return np.concatenate([self._pixels(x, y, width, half, plan), rest], axis=0)
 
-    def _level(
-        self, col: int, row: int, width: int, height: int, plan: ReadPlan
-    ) -> tuple[Image.Image, tuple[float, float]]:
-        """Pixels of a level from (col, row) on white, and where that corner really lies, in level pixels.
-
-        OpenSlide takes whole level-0 positions and divides them by its own downsample (4.0003), so that the
-        corner it reads can be off by up to half a level-0 pixel.
-        """
-        handle = self._open()
-        down = handle.level_downsamples[plan.level]
-        x, y = round(col * down), round(row * down)
-        try:
-            image = handle.read_region((x, y), plan.level, (width, height))
-        except openslide.OpenSlideError as error:
-            self._handle = None  # OpenSlide refuses every read after a failed one
-            raise InputError(
-                f"{self.path} is damaged: reading level {plan.level} at ({x}, {y}) failed with '{error}'; "
-                "fetch the file again"
-            ) from None
-        return _on_white(image), (x / down, y / down)
-
     def _open(self) -> openslide.OpenSlide:
         if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _openslide(self.path), os.getpid()
+            self._handle, self._pid = _openslide(self.path, self.fallback), os.getpid()
         return self._handle
 
 
-def _openslide(path: str | Path) -> openslide.OpenSlide:
-    """An open handle, or an InputError that says what is wrong with the file."""
-    if "://" in str(path):
-        raise InputError(f"{path} is an address, and only local files are read; download it first")
+def _check_file(path: str | Path) -> None:
+    """Raises InputError, which says what is wrong, where a local path is no file with something in it."""
+    if stores.is_address(str(path)):
+        return
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; correct its path")
     if path.is_dir() and not any(path.iterdir()):
         raise InputError(f"{path} is an empty folder; give the slide file")
-    if path.is_file() and path.stat().st_size == 0:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the slide file")
+    if path.stat().st_size == 0:
         raise InputError(f"{path} is empty (0 bytes); fetch the file again")
+
+
+def _openslide(path: str | Path, why: str) -> openslide.OpenSlide:
+    """An open handle, or an InputError that says what is wrong with the file; `why` it is OpenSlide that reads."""
+    if stores.is_address(str(path)):
+        raise InputError(
+            f"{stores.shown(str(path))} cannot be read from there: {why}. Download it, where OpenSlide may read it, or "
+            "convert it to tiled pyramidal TIFF (vips tiffsave --tile --pyramid)"
+        )
     try:
         handle = openslide.OpenSlide(path)
-        handle.set_cache(_tile_cache(os.getpid()))
-        return handle
     except openslide.OpenSlideUnsupportedFormatError:
-        raise InputError(f"{path} {_unsupported(path)}") from None
+        raise InputError(f"{path} {_unsupported(Path(path), why)}") from None
     except openslide.OpenSlideError as error:
         raise InputError(f"{path} is damaged ({error}); fetch the file again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+    _check_tile_sizes(handle, path)
+    handle.set_cache(_tile_cache(os.getpid()))
+    return handle
+
+
+def _check_tile_sizes(handle: openslide.OpenSlide, path: str | Path) -> None:
+    """OpenSlide ends the whole process where it finds no memory for a tile that a damaged file calls huge."""
+    for level in range(handle.level_count):
+        sides = (handle.properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
+        width, height = map(int, sides)
+        if width * height > LARGEST_TILE_PX:
+            handle.close()
+            raise InputError(f"{path} is damaged: level {level} has tiles of {width} x {height} px; fetch it again")
 
 
 @lru_cache(maxsize=1)
@@ -255,19 +338,15 @@ def _tile_cache(pid: int) -> openslide.OpenSlideCache:
     return openslide.OpenSlideCache(CACHE_BYTES)
 
 
-def _unsupported(path: Path) -> str:
-    """Why OpenSlide does not know the file, and what to do."""
-    if path.is_dir():
-        return "is a folder; give the slide file"
+def _unsupported(path: Path, why: str) -> str:
+    """Why neither reader knows the file, and what to do."""
     with open(path, "rb") as file:
         head = file.read(4)
     if head[:2] not in (b"II", b"MM"):
         return "is no slide format that OpenSlide knows; look at what it really is, or convert it to pyramidal TIFF"
-    if path.name.lower().endswith((".ome.tif", ".ome.tiff")):
-        return "is an OME-TIFF, which OpenSlide refuses; convert it to pyramidal TIFF, e.g. with `vips tiffsave`"
     return (
-        "is a TIFF that OpenSlide refuses (not tiled, or cut short); fetch it again or convert it to "
-        "a tiled pyramidal TIFF"
+        f"is a TIFF that cannot be read here ({why}) and that OpenSlide refuses; fetch it again or convert it to "
+        "a tiled pyramidal TIFF, e.g. with `vips tiffsave`"
     )
 
 

@@ -15,6 +15,7 @@ from pathfm.errors import InputError
 from pathfm.filters import HsvFilter
 from pathfm.footprints import Listed, Ranged, Tiling, slides_of, spots, tissue_share
 from pathfm.index import SlideIndex
+from pathfm.reading import Job, read
 from pathfm.sampling import NO_HEAT, Heat, Sampler
 from pathfm.slide import MAX_UPSAMPLE
 
@@ -65,6 +66,7 @@ class TileStream:
     position_weights  of positions on a slide: {slide_id: map}, `balance.WeightMaps`, or a folder that they saved
     tile_filter       a `filters.HsvFilter`, or "midnight" for that of Midnight: positions whose pixels do not pass are
                       drawn anew, at the same slide and mpp, up to its `redraws` times; then the last one stays
+    threads           that decode; they change the speed and no pixel
     context_px        side of the image where it shows more than the tile: the tile lies in the image's middle, at
                       image[margin_px:-margin_px]; x, y, tissue and admissibility are the tile's. None: tile_px
 
@@ -94,11 +96,12 @@ class TileStream:
         position_weights=None,
         tile_filter: HsvFilter | str | None = None,
         context_px: int | None = None,
+        threads: int = 1,
     ):
-        _check(tile_px, min_tissue, tiles_per_slide, max_upsample, context_px)
+        _check(tile_px, min_tissue, tiles_per_slide, max_upsample, context_px, threads)
         self.index, self.tile_px, self.min_tissue, self.seed = index, int(tile_px), float(min_tissue), int(seed)
         self.common_mpp, self.tiles_per_slide = common_mpp, tiles_per_slide
-        self.max_upsample, self.resample = max_upsample, resample
+        self.max_upsample, self.resample, self.threads = max_upsample, resample, int(threads)
         self.law, self.balance = scales.of(mpp), balances.columns_of(balance)
         self.slide_weights, self.tile_filter = slide_weights, HsvFilter.of(tile_filter)
         self.position_weights = None if position_weights is None else balances.WeightMaps.of(position_weights)
@@ -212,10 +215,11 @@ class TileStream:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Tile]:
-        """The tiles of these numbers, planned together."""
+        """The tiles of these numbers: planned together, fetched together, each compressed tile decoded once."""
         if self.tile_filter:
             return self._filtered(numbers)[0]
-        return [Tile(self._read(name), *name) for name in self._named(numbers)]
+        names = self._named(numbers)
+        return [Tile(image, *name) for image, name in zip(self._images(names), names, strict=True)]
 
     def at_scales(self, i: int, mpps: Sequence[float]) -> list[Tile]:
         """The place of tile i at several mpp: tiles of tile_px pixels about the centre of tile i, in this order.
@@ -303,7 +307,7 @@ class TileStream:
 
     def _images(self, names: Sequence[TileName]) -> list[np.ndarray]:
         """The pixels of named tiles."""
-        return [self._read(name) for name in names]
+        return read([self._job(name) for name in names], self.threads)
 
     def _window(self, name: TileName, slide_mpp: float) -> tuple[float, float, int]:
         """x, y (level-0 px) and side (px) of what is read for a tile: itself, or its context."""
@@ -314,10 +318,10 @@ class TileStream:
             step = round(step)  # so that a level's own pixels pass through
         return name.x - self.margin_px * step, name.y - self.margin_px * step, self.context_px
 
-    def _read(self, name: TileName) -> np.ndarray:
+    def _job(self, name: TileName) -> Job:
         slide = self.index.slide(name.slide_id)
         x, y, side = self._window(name, slide.mpp)
-        return slide.read(x, y, side, name.mpp, self.max_upsample, self.resample)
+        return Job(slide, slide.plan(name.mpp, self.max_upsample, self.resample), x, y, side, side)
 
     def __setstate__(self, state: dict) -> None:
         """The sampler travels without masks and maps; here they are mapped anew."""
@@ -338,7 +342,9 @@ def _rows(columns: dict[str, np.ndarray]) -> list[TileName]:
     return [TileName(*row) for row in zip(*(column.tolist() for column in columns.values()), strict=True)]
 
 
-def _check(tile_px, min_tissue, tiles_per_slide, max_upsample, context_px) -> None:
+def _check(tile_px, min_tissue, tiles_per_slide, max_upsample, context_px, threads) -> None:
+    if not (isinstance(threads, int) and threads > 0):
+        raise InputError(f"threads={threads!r} is no positive whole number")
     if not (isinstance(tile_px, int | np.integer) and tile_px > 0):
         raise InputError(f"tile_px={tile_px!r} is no positive whole number of pixels")
     if not 0 <= min_tissue <= 1:

@@ -21,9 +21,9 @@ WHERE = ["slide_id", "mpp", "x", "y"]
 class Painted(TileStream):
     """A stream whose pixels are told by the position: stained in every other column of 32 px, else grey."""
 
-    def _read(self, name) -> np.ndarray:
-        stained = name.x // 32 % 2
-        return np.full((self.context_px,) * 2 + (3,), (200, 120, 190) if stained else (200, 200, 200), np.uint8)
+    def _images(self, names) -> list[np.ndarray]:
+        colours = [(200, 120, 190) if name.x // 32 % 2 else (200, 200, 200) for name in names]
+        return [np.full((self.context_px,) * 2 + (3,), colour, np.uint8) for colour in colours]
 
 
 def test_filtered_positions_are_uniform_over_those_that_pass():

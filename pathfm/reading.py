@@ -1,0 +1,314 @@
+"""Rectangles of slides at any scale, many together: plan, fetch, decode each compressed tile once, paste, resample."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pathfm import stores
+from pathfm.decode import Damaged, decode
+from pathfm.errors import InputError
+from pathfm.resample import extent, resample
+from pathfm.source import arriving
+from pathfm.tilemap import Wanted, cover
+
+FETCHERS = 4  # batches whose bytes are on their way at a time, from slides that lie elsewhere
+SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
+WHITE = 255  # what is beyond the slide, and where it has no compressed tile
+
+
+class ReadPlan(NamedTuple):
+    """How a slide serves an mpp: what is decoded, the true mpp returned, the grid of whole positions."""
+
+    level: int
+    downsample: float  # level-0 pixels per decoded pixel
+    mpp: float  # of the pixels returned
+    grid: int  # g, in level-0 pixels; positions on it are whole
+    resampled: bool  # False where decoded pixels are returned as they are
+    scale: int = 1  # the level is decoded at 1/scale of its size
+
+
+class Job(NamedTuple):
+    """width x height pixels of a slide at plan.mpp, the upper-left corner at level-0 (x, y)."""
+
+    slide: Any  # a pathfm.slide.Slide
+    plan: ReadPlan
+    x: float
+    y: float
+    width: int
+    height: int
+
+
+class Frame(NamedTuple):
+    """The decoded pixels that a job needs, and where in them what it asks for begins."""
+
+    rectangle: Wanted  # its level counted within the slide
+    resampled: tuple[float, float, float] | None  # left, top, step as `resample` takes them; None: as it is
+
+
+def frame(job: Job) -> Frame:
+    """What to decode for a job: just the pixels that its filter reaches."""
+    plan = job.plan
+    step = plan.mpp / job.slide.mpp / plan.downsample if plan.resampled else 1.0
+    left, top = job.x / plan.downsample, job.y / plan.downsample
+    if not plan.resampled and left == int(left) and top == int(top):
+        return Frame(Wanted(plan.level, plan.scale, int(left), int(top), job.width, job.height), None)
+    columns, rows = extent(left, step, job.width), extent(top, step, job.height)
+    size = columns[1] - columns[0], rows[1] - rows[0]
+    return Frame(Wanted(plan.level, plan.scale, columns[0], rows[0], *size), (left - columns[0], top - rows[0], step))
+
+
+class Piece(NamedTuple):
+    """A compressed tile and where it goes; the columns of `tilemap.cover`."""
+
+    job: int
+    level: int  # in the map
+    scale: int
+    tile: int
+    start: int
+    length: int
+    x: int
+    y: int
+
+
+def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
+    """The pixels of each job, (height, width, 3) uint8 on white. Threads change the speed and no pixel.
+
+    Raises InputError, which names the slide, where it is damaged or has changed.
+    """
+    frames = [frame(job) for job in jobs]
+    pieces = _pieces(jobs, frames)
+    fetched = _fetch(jobs, pieces)
+    shared = _decoded_ahead(jobs, pieces, fetched, threads)
+
+    def paint(k: int) -> np.ndarray:
+        return _paint(jobs[k], frames[k], pieces[k], fetched.get(jobs[k].slide.path), shared)
+
+    return _each(paint, range(len(jobs)), threads)
+
+
+def _pieces(jobs: Sequence[Job], frames: Sequence[Frame]) -> list[list[Piece]]:
+    """The compressed tiles of each job; none where OpenSlide reads."""
+    found: list[list[Piece]] = [[] for _ in jobs]
+    maps: dict[int, list[int]] = {}
+    for k, job in enumerate(jobs):
+        if job.slide.tiles is not None:
+            maps.setdefault(id(job.slide.tiles), []).append(k)
+    for members in maps.values():
+        tiles = jobs[members[0]].slide.tiles
+        wanted = np.array([frames[k].rectangle for k in members], np.int64)
+        wanted[:, 0] += [jobs[k].slide.first_level for k in members]
+        for row in cover(tiles.levels, tiles.anchors, tiles.codes, wanted).tolist():
+            found[members[row[0]]].append(Piece._make(row))
+    return found
+
+
+def _fetch(jobs: Sequence[Job], pieces: Sequence[list[Piece]]) -> dict[str, Callable[[], dict]]:
+    """For each slide by its path: a call that gives the bytes of its compressed tiles, by (level, tile).
+
+    All ranges of all slides are asked for at once. From a disk they are here when this returns; those from elsewhere
+    arrive while others are decoded.
+    """
+    slides, wanted = {}, {}
+    for job, own in zip(jobs, pieces, strict=True):
+        if own:
+            slides[job.slide.path] = job.slide
+            wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
+    parts = {path: Future() for path in slides}
+    if any(stores.is_address(path) for path in slides):
+        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, slides, wanted, parts)
+    else:
+        _bring(slides, wanted, parts)
+    return {path: future.result for path, future in parts.items()}
+
+
+def _bring(slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
+    """Fill in the bytes of each slide, or why they cannot be had."""
+    paths = list(slides)
+    try:
+        requests = [(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths]
+        for number, data in arriving(requests):
+            path = paths[number]
+            found = dict(zip(wanted[path], data, strict=True))
+            if len(slides[path].tiles.checks):
+                _check(slides[path], found)
+            parts[path].set_result(found)
+    except Exception as error:
+        for future in parts.values():
+            if not future.done():
+                future.set_exception(error)
+
+
+def _check(slide, parts: dict[tuple[int, int], bytes]) -> None:
+    """Hold every compressed tile against the CRC-32 that the index has of it."""
+    for (level, tile), data in parts.items():
+        if zlib.crc32(data) != slide.tiles.checks[slide.tiles.levels["tile"][level] + tile]:
+            raise InputError(
+                f"{slide.path} is damaged: compressed tile {tile} of level {level - slide.first_level} is not what it "
+                "was when it was indexed (CRC-32); fetch the file again, or build the index again if it was changed"
+            )
+
+
+def _decoded_ahead(jobs, pieces, fetched, threads: int) -> dict[tuple, np.ndarray]:
+    """Pixels of the compressed tiles that several jobs need, by (path, level, tile, scale)."""
+    counts = Counter(
+        (job.slide.path, piece.level, piece.tile, piece.scale)
+        for job, own in zip(jobs, pieces, strict=True)
+        for piece in own
+    )
+    several = {key for key, number in counts.items() if number > 1}
+    if not several:
+        return {}
+    found = {}
+    for job, own in zip(jobs, pieces, strict=True):
+        for piece in own:
+            key = job.slide.path, piece.level, piece.tile, piece.scale
+            if key in several:
+                found[key] = job.slide, piece
+    several = list(found)
+
+    def pixels(k: int) -> np.ndarray:
+        slide, piece = found[several[k]]
+        return _decode(slide, piece, fetched[slide.path](), None)
+
+    return dict(zip(several, _each(pixels, range(len(several)), threads), strict=True))
+
+
+def _decode(slide, piece: Piece, parts: dict, buffer: np.ndarray | None) -> np.ndarray:
+    try:
+        return decode(parts[piece.level, piece.tile], slide.recipe(piece.level), piece.scale, buffer)
+    except Damaged as why:
+        raise InputError(
+            f"{slide.path} is damaged: compressed tile {piece.tile} of level {piece.level - slide.first_level} (bytes "
+            f"{piece.start} to {piece.start + piece.length}) {why}; fetch the file again"
+        ) from None
+
+
+def _paint(job: Job, framed: Frame, pieces: list[Piece], fetched, shared: dict) -> np.ndarray:
+    """One job's pixels."""
+    slide, (rectangle, resampled) = job.slide, framed
+    if slide.tiles is None:
+        canvas, shift = slide.openslide_window(rectangle)
+        if resampled is None:
+            return canvas
+        left, top, step = resampled
+        return resample(canvas, left + shift[0], top + shift[1], step, _image(job.height, job.width))
+    scratch = _scratch()
+    if resampled is None:
+        canvas = _image(rectangle.height, rectangle.width)
+    else:
+        canvas = scratch.canvas(rectangle.height, rectangle.width)
+    _paste(canvas, slide, rectangle, pieces, fetched, shared, scratch)
+    if resampled is None:
+        return canvas
+    return resample(canvas, *resampled, _image(job.height, job.width))
+
+
+def _paste(canvas, slide, rectangle: Wanted, pieces: list[Piece], fetched, shared: dict, scratch: _Scratch) -> None:
+    """Decode compressed tiles onto the canvas, which shows `rectangle` of a level."""
+    scale, how = rectangle.scale, slide.recipe(slide.first_level + rectangle.level)
+    right = min(rectangle.width, -(-how.level_width // scale) - rectangle.left)
+    bottom = min(rectangle.height, -(-how.level_height // scale) - rectangle.top)
+    width, height = how.width // scale, how.height // scale
+    places = [(max(p.x, 0), max(p.y, 0), min(p.x + width, right), min(p.y + height, bottom)) for p in pieces]
+    if sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in places) < rectangle.width * rectangle.height:
+        canvas.fill(WHITE)
+    parts, buffer = fetched() if fetched else {}, scratch.tile(3 * width * height)
+    for piece, (x0, y0, x1, y1) in zip(pieces, places, strict=True):
+        pixels = shared.get((slide.path, piece.level, piece.tile, scale)) if shared else None
+        if pixels is None:
+            pixels = _decode(slide, piece, parts, buffer)
+        canvas[y0:y1, x0:x1] = pixels[y0 - piece.y : y1 - piece.y, x0 - piece.x : x1 - piece.x]
+    if scale > 1:
+        _fade(canvas.swapaxes(0, 1), scale, how.level_width, rectangle.left)
+        _fade(canvas, scale, how.level_height, rectangle.top)
+
+
+def _fade(lines: np.ndarray, scale: int, length: int, start: int) -> None:
+    """Let the level's last column or row be white by the share of it that lies beyond the level.
+
+    lines   the canvas, its first axis across the level, from decoded pixel `start` on
+    length  of the level, before it is scaled
+    """
+    last, share = length // scale - start, length % scale / scale
+    if share and 0 <= last < len(lines):
+        lines[last] = np.round(WHITE + share * (lines[last].astype(np.float32) - WHITE))
+
+
+_SPARE: list[np.ndarray] = []
+
+
+class _Recycled:
+    """Memory of one image, which goes back to `_SPARE` when the last array on it is gone.
+
+    Fresh memory costs a page fault every 4 kB, which adds a fifth to the time that decoding takes.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.memory = None
+        while self.memory is None or self.memory.shape != shape:  # an image of another size is let go
+            try:
+                self.memory = _SPARE.pop()
+            except IndexError:
+                self.memory = np.empty(shape, np.uint8)
+        self.__array_interface__ = self.memory.__array_interface__
+
+    def __del__(self, spare=_SPARE, most=SPARE_BYTES):
+        if self.memory is not None and (len(spare) + 1) * self.memory.nbytes <= most:
+            spare.append(self.memory)
+
+
+def _image(height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8 with anything in it."""
+    return np.asarray(_Recycled((height, width, 3)))
+
+
+class _Scratch(threading.local):
+    """Memory of one thread that is used again: a decoded tile, and a canvas to resample from."""
+
+    def __init__(self):
+        self._tile = np.empty(0, np.uint8)
+        self._canvas = np.empty(0, np.uint8)
+
+    def tile(self, size: int) -> np.ndarray:
+        if self._tile.size < size:
+            self._tile = np.empty(size, np.uint8)
+        return self._tile
+
+    def canvas(self, height: int, width: int) -> np.ndarray:
+        size = 3 * height * width
+        if self._canvas.size < size:
+            self._canvas = np.empty(size, np.uint8)
+        return self._canvas[:size].reshape(height, width, 3)
+
+
+_SCRATCH = _Scratch()
+
+
+def _scratch() -> _Scratch:
+    return _SCRATCH
+
+
+def _each(function: Callable[[int], np.ndarray], numbers: Iterable[int], threads: int) -> list[np.ndarray]:
+    """function of each number, in order; threads take turns at runs of numbers, so that they seldom meet."""
+    numbers = list(numbers)
+    if threads <= 1 or len(numbers) <= 1:
+        return [function(k) for k in numbers]
+    run = max(1, len(numbers) // (4 * threads))
+    runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
+    found = _pool(os.getpid(), "decode", threads).map(lambda members: [function(k) for k in members], runs)
+    return [result for results in found for result in results]
+
+
+@lru_cache(maxsize=8)
+def _pool(pid: int, purpose: str, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process; one that was forked starts its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"pathfm-{purpose}")

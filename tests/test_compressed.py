@@ -1,0 +1,194 @@
+"""Every codec and colour that is read here gives the pixels that OpenSlide gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from compressed_files import jpeg, jpeg2000, marked, texture, tiles_of, write_jpeg, write_jpeg2000
+from PIL import Image
+from slide_files import shrink
+
+from pathfm import Slide, decode
+from pathfm.decode import Damaged
+
+
+def largest_difference(slide: Slide, squares: int = 12, side: int = 90) -> int:
+    """Over random squares of every level, on whole level pixels, some of them over the edge."""
+    rng = np.random.default_rng(1)
+    worst = seen = 0
+    with openslide.OpenSlide(slide.path) as peer:
+        assert peer.level_count == len(slide.level_downsamples)
+        for level, down in enumerate(slide.level_downsamples):
+            width, height = peer.level_dimensions[level]
+            down = int(down)
+            for _ in range(squares):
+                x, y = (int(rng.integers(-10, max(n - side, 0) + 30)) * down for n in (width, height))
+                theirs = np.asarray(whitened(peer.read_region((x, y), level, (side, side))))
+                ours = slide.read(x, y, side, slide.mpp * down)
+                if slide.plan(slide.mpp * down).scale == 1 and exact(peer, level, x, y):
+                    worst, seen = max(worst, int(np.abs(theirs.astype(int) - ours).max())), seen + 1
+    assert seen > squares // 2
+    return worst
+
+
+def exact(peer: openslide.OpenSlide, level: int, x: int, y: int) -> bool:
+    """Whether OpenSlide reads whole pixels of this level here: its own downsample may be 4.0003."""
+    down = peer.level_downsamples[level]
+    return all(abs(n / down - round(n / down)) < 1e-6 for n in (x, y))
+
+
+def whitened(image: Image.Image) -> Image.Image:
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image.convert("RGB"), mask=image.getchannel("A"))
+    return white
+
+
+JPEGS = [
+    ("ycbcr", "JFIF", "420", 256, False),
+    ("ycbcr", "none", "420", 240, True),
+    ("ycbcr", "Adobe", "422", 256, True),
+    ("ycbcr", "none", "444", 240, False),
+    ("ycbcr", "JFIF", "440", 256, True),
+    ("ycbcr", "JFIF", "411", 256, False),
+    ("rgb", "none", "444", 240, True),
+    ("rgb", "none", "444", 256, False),
+    ("rgb", "Adobe", "444", 256, True),
+    ("rgb", "JFIF", "444", 256, False),  # says YCbCr and means RGB
+]
+
+
+@pytest.mark.parametrize(("colour", "marker", "subsampling", "side", "shared"), JPEGS)
+def test_jpeg_is_openslides_own(tmp_path, colour, marker, subsampling, side, shared):
+    pixels = texture(512, 640)
+    settings = (colour, marker, subsampling, side, shared)
+    slide = Slide.open(write_jpeg(tmp_path / "a.svs", pixels, *settings, levels=(1, 2)))
+    assert slide.reader == "ranges"
+    assert largest_difference(slide) == 0
+    assert np.abs(slide.read(0, 0, 500, 0.5).astype(int) - pixels[:500, :500]).mean() < 25  # wrong colours: over 60
+    words = "jpeg", {"ycbcr": "YCbCr", "rgb": "RGB"}[colour], ":".join(subsampling)
+    assert slide.codec.split()[: len(words)] == list(words)
+
+
+def test_synthetic_slides_are_read_as_openslide_reads_them(cohort):
+    for path in cohort.table["path"]:
+        slide = Slide.open(path)
+        assert slide.reader == "ranges"
+        assert largest_difference(slide, squares=8) == 0
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["cmu-1-small-region.svs", "derived_cmu1_region_pyramid.tiff", "openslide_16px.svs"])
+def test_real_slides_are_read_as_openslide_reads_them(real_data, name):
+    slide = Slide.open(real_data / "slides" / name)
+    assert slide.reader == "ranges"
+    assert largest_difference(slide, squares=30) == 0
+
+
+def test_partial_tiles_at_the_edge_and_a_bigtiff(tmp_path):
+    slide = Slide.open(write_jpeg(tmp_path / "a.svs", texture(601, 433), side=240, levels=(1, 4), bigtiff=True))
+    assert (slide.reader, slide.level_downsamples) == ("ranges", (1, 4))
+    assert largest_difference(slide) == 0
+
+
+def test_tiles_of_no_bytes_are_white(tmp_path):
+    pixels = texture(768, 512)
+    slide = Slide.open(write_jpeg(tmp_path / "a.svs", pixels, empty=[(0, 1), (0, 5)]))
+    assert largest_difference(slide) == 0
+    assert (slide.read(300, 0, 200, 0.5) == 255).all()
+    assert slide.read(200, 0, 50, 0.5).std() > 10
+
+
+def test_a_level_over_missing_tiles_is_not_read(tmp_path):
+    """OpenSlide paints them from a finer level; here the finer level itself is read."""
+    pixels = texture(1024, 1024)
+    slide = Slide.open(write_jpeg(tmp_path / "a.svs", pixels, levels=(1, 2, 4), empty=[(1, 3)]))
+    assert slide.level_downsamples == (1,)
+    assert slide.plan(1.0).scale == 2
+    seen = slide.read(600, 600, 100, 1.0).astype(float)
+    assert np.abs(seen - shrink(pixels, 2)[300:400, 300:400]).mean() < 15  # elsewhere: over 40
+
+
+@pytest.mark.parametrize("tag", [33003, 33005])
+def test_jpeg_2000_is_openslides_own(tmp_path, tag):
+    pixels = texture(512, 300)
+    if tag == 33003:
+        stored = cv2.cvtColor(pixels, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+        streams = [jpeg2000(tile, False) for tile in tiles_of(stored, 128)]
+    else:
+        streams = [jpeg2000(tile, True) for tile in tiles_of(pixels, 128)]
+    slide = Slide.open(write_jpeg2000(tmp_path / "a.svs", streams, (512, 300), 128, tag))
+    assert (slide.reader, slide.codec, slide.scales) == ("ranges", "jpeg2000", (1,))
+    assert largest_difference(slide) == 0
+    assert np.abs(slide.read(0, 0, 300, 0.5).astype(int) - pixels[:300, :300]).mean() < 4
+
+
+def test_subsampled_jpeg_2000(tmp_path):
+    streams = [(Path(__file__).parent / f"data/chroma-4-2-2-{side}.j2k").read_bytes() for side in ("left", "right")]
+    assert decode.jpeg2000_header(streams[0]) == ((64, 64), True, False)
+    slide = Slide.open(write_jpeg2000(tmp_path / "a.svs", streams, (128, 64), 64, 33003))
+    assert largest_difference(slide, side=40) <= 1
+    assert slide.read(0, 0, 64, 0.5).std(axis=(0, 1)).min() > 10
+
+
+def test_a_33003_that_transforms_its_colours_itself_is_not_converted_again(tmp_path):
+    pixels = texture(128, 128)
+    slide = Slide.open(write_jpeg2000(tmp_path / "a.svs", [jpeg2000(pixels, True)], (128, 128), 128, 33003))
+    assert np.abs(slide.read(0, 0, 128, 0.5).astype(int) - pixels).mean() < 4
+
+
+@pytest.mark.parametrize("predictor", [False, True])
+@pytest.mark.parametrize("compression", ["lzw", "deflate", "adobe_deflate", None])
+def test_lossless_tiles(tmp_path, compression, predictor):
+    pixels = texture(300, 200)
+    options = {"predictor": predictor} if compression else {}
+    scale = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(
+        tmp_path / "a.tiff", pixels, tile=(64, 64), photometric="rgb", compression=compression, **options, **scale
+    )
+    slide = Slide.open(tmp_path / "a.tiff")
+    assert slide.reader == "ranges"
+    assert np.array_equal(slide.region(0, 0, 300, 200, 0.5), pixels)
+    assert largest_difference(slide) == 0
+
+
+HOW = decode.Recipe(decode.JPEG, 1, 256, 256, 256, 256, 1, b"\xff\xd8", True)
+
+
+@pytest.fixture(scope="module")
+def stream() -> bytes:
+    return jpeg(texture(256, 256), "ycbcr", "420")
+
+
+def test_damage_that_a_decoder_can_show_is_named(stream):
+    assert decode.decode(stream, HOW).shape == (256, 256, 3)
+    with pytest.raises(Damaged, match="is no whole JPEG"):
+        decode.decode(stream[: len(stream) // 2], HOW)
+    with pytest.raises(Damaged, match="is a JPEG of 256 x 256 px and not 240 x 240|no whole JPEG"):
+        decode.decode(stream, HOW._replace(width=240, height=240))
+    with pytest.raises(Damaged, match="is a JPEG of 256 x 256 px and not 320 x 320"):
+        decode.decode(stream, HOW._replace(width=320, height=320))
+    bare, _ = marked(stream, "JFIF", "ycbcr", True)
+    with pytest.raises(Damaged, match="is no whole JPEG"):
+        decode.decode(bare, HOW)
+    with pytest.raises(Damaged, match="tables that are none"):
+        decode.tables_only(b"tables")
+    for name in ("lzw", "deflate", "uncompressed", "jpeg2000"):
+        with pytest.raises(Damaged):
+            decode.decode(stream, HOW._replace(codec=decode.CODECS.index(name)))
+    whole = jpeg2000(texture(256, 256), True)
+    with pytest.raises(Damaged, match="without an end"):
+        decode.decode(whole[:-400], HOW._replace(codec=decode.JPEG2000))
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_a_fraction_is_the_mean_of_what_it_stands_for(scale):
+    """Leaving out the finer cosines is nearly averaging: at least 37 dB of it."""
+    stream = jpeg(texture(256, 256, blur=4), "ycbcr", "420")
+    whole = decode.decode(stream, HOW)
+    error = decode.decode(stream, HOW, scale) - shrink(whole, scale)
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 37

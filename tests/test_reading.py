@@ -1,0 +1,205 @@
+"""Reading by byte ranges: the filter against float64, positions, many tiles at once, a file that changed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from compressed_files import write_jpeg
+from slide_files import cohort_of, shrink, tissue_pixels, write_slide
+
+from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading
+from pathfm.reading import Job, ReadPlan
+
+SIDE = 100
+
+
+@pytest.fixture(scope="module")
+def fine(cohort) -> Slide:
+    """A synthetic slide of 0.25 um/px, JPEG 4:2:0, levels 1-4-16."""
+    return next(slide for slide in map(Slide.open, cohort.table["path"]) if slide.mpp == 0.25)
+
+
+def keys(length: int, start: float, step: float, number: int) -> np.ndarray:
+    """(number, length) weights of Keys' cubic, a = -0.5, stretched by step."""
+    centres = start + (np.arange(number) + 0.5) * step
+    t = np.abs((np.arange(length) + 0.5 - centres[:, None]) / max(step, 1.0))
+    weights = np.where(t < 1, (1.5 * t - 2.5) * t * t + 1, np.where(t < 2, ((-0.5 * t + 2.5) * t - 4) * t + 2, 0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def whole_level(slide: Slide, level: int) -> np.ndarray:
+    down = slide.level_downsamples[level]
+    width, height = (int(n // down) for n in (slide.width_px, slide.height_px))
+    return reading.read([Job(slide, ReadPlan(level, down, down * slide.mpp, 1, False), 0, 0, width, height)])[0]
+
+
+def reference(slide: Slide, plan: ReadPlan, x: float, y: float, side: int) -> np.ndarray:
+    """In float64 from the full decode of the level: the mean of scale x scale pixels, then Keys."""
+    level = whole_level(slide, plan.level)
+    level = shrink(level, plan.scale) if plan.scale > 1 else level.astype(float)
+    step = plan.mpp / slide.mpp / plan.downsample
+    rows = keys(level.shape[0], y / plan.downsample, step, side)
+    columns = keys(level.shape[1], x / plan.downsample, step, side)
+    return np.clip(np.einsum("ia,abc,jb->ijc", rows, level, columns, optimize=True), 0, 255)
+
+
+def decibels(image: np.ndarray, expected: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / max(((image - expected) ** 2).mean(), 1e-9))
+
+
+SERVED = {  # mpp: (level, scale, resampled) for 0.25 um/px and levels 1-4-16
+    0.25: (0, 1, False),
+    0.3: (0, 1, True),
+    0.5: (0, 2, False),
+    0.7: (0, 2, True),
+    1.0: (1, 1, False),
+    1.5: (1, 1, True),
+    2.0: (1, 2, False),
+}
+
+
+@pytest.mark.parametrize("mpp", SERVED)
+def test_pixels_agree_with_a_float64_reference(fine, mpp):
+    plan = fine.plan(mpp)
+    assert (plan.level, plan.scale, plan.resampled) == SERVED[mpp]
+    for x, y in ((800, 960), (1200, 880)):
+        image = fine.read(x, y, SIDE, mpp)
+        assert decibels(image, reference(fine, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
+
+
+@pytest.mark.parametrize("mpp", SERVED)
+def test_a_tile_lies_where_its_name_says(fine, mpp):
+    plan = fine.plan(mpp)
+    for x, y in ((800, 960), (801, 963)):
+        image, expected = fine.read(x, y, SIDE, mpp).astype(float), reference(fine, plan, x, y, SIDE)
+        gradients = np.stack([g[4:-4, 4:-4].ravel() for g in np.gradient(expected, axis=(0, 1))])
+        shift = np.linalg.lstsq(gradients.T, (expected - image)[4:-4, 4:-4].ravel(), rcond=None)[0]
+        assert np.abs(shift).max() < 0.1
+
+
+def test_always_filters_whole_levels_only(fine):
+    for mpp in SERVED:
+        plan = fine.plan(mpp, resample="always")
+        assert (plan.scale, plan.resampled, plan.mpp) == (1, True, mpp)
+
+
+def test_a_fraction_of_the_last_pixel_is_white(tmp_path):
+    """17 px wide: at half size the ninth pixel is half beyond the edge."""
+    pixels = np.full((64, 17, 3), 55, np.uint8)
+    slide = Slide.open(write_jpeg(tmp_path / "a.svs", pixels), mpp=0.25)
+    row = slide.read(0, 0, 12, 0.5)[5, :, 0].astype(int)
+    assert np.abs(row - ([55] * 8 + [155] + [255] * 3)).max() <= 2
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> SlideIndex:
+    """JPEG, lossless, and one that OpenSlide reads (RGBA)."""
+    folder = tmp_path_factory.mktemp("mixed")
+    alpha = np.dstack([tissue_pixels(), np.full((512, 512), 255, np.uint8)])
+    slides = {
+        "jpeg": write_jpeg(folder / "jpeg.svs", tissue_pixels(512, 512, 1), levels=(1, 4)),
+        "lossless": write_slide(folder / "lossless.tiff", tissue_pixels(), 0.5, (1, 2)),
+        "alpha": write_slide(folder / "alpha.tiff", alpha, 0.5, extrasamples=["unassalpha"]),
+    }
+    return SlideIndex.build(cohort_of(slides), folder / "index", workers=0)
+
+
+def test_the_index_says_how_each_slide_is_read(mixed):
+    rows = mixed.slides.set_index("slide_id")
+    assert rows["reader"].to_dict() == {"jpeg": "ranges", "lossless": "ranges", "alpha": "openslide"}
+    assert rows["fallback"]["alpha"] == "its pixels are not 8-bit RGB"
+    assert rows["codec"].to_dict() == {"jpeg": "jpeg YCbCr 4:2:0 JFIF", "lossless": "uncompressed", "alpha": ""}
+    assert rows["scales"].to_dict() == {"jpeg": "1 2 4 8", "lossless": "1", "alpha": "1"}
+    packed = mixed.tiles.codes.nbytes + mixed.tiles.anchors.nbytes
+    assert packed <= 5 * mixed.tiles.tiles
+
+
+def test_any_number_of_threads_gives_the_same_tiles(mixed):
+    settings = {"tile_px": 64, "mpp": (0.5, 0.7, 1.0), "seed": 3}
+    one, three = (TileStream(mixed, threads=threads, **settings) for threads in (1, 3))
+    for a, b in zip(one.__getitems__(range(24)), three.__getitems__(range(24)), strict=True):
+        assert a[1:] == b[1:]
+        assert np.array_equal(a.image, b.image)
+    with pytest.raises(InputError, match="threads=0"):
+        TileStream(mixed, threads=0)
+
+
+def test_each_compressed_tile_of_a_batch_is_decoded_once(mixed, monkeypatch):
+    decoded = []
+    real = reading.decode
+    monkeypatch.setattr(reading, "decode", lambda data, *how: decoded.append(bytes(data)) or real(data, *how))
+    slide = mixed.slide("jpeg")
+    jobs = [Job(slide, slide.plan(0.5), 12 * k, 12 * k, 100, 100) for k in range(20)]
+    images = reading.read(jobs)
+    assert len(decoded) == len(set(decoded)) == 4
+    for job, image in zip(jobs, images, strict=True):
+        assert np.array_equal(image, slide.read(job.x, job.y, 100, 0.5))
+
+
+def test_memory_that_is_used_again_never_changes_an_image_that_is_kept(mixed):
+    slide = mixed.slide("jpeg")
+    kept = [slide.read(8 * k, 8, 64, 0.5) for k in range(5)]
+    copies = [image.copy() for image in kept]
+    for k in range(40):
+        slide.read(400 - 8 * k, 100, 64, 0.5)
+    assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_a_slide_takes_its_own_part_of_the_map_along(mixed):
+    slide = mixed.slide("lossless")
+    sent = pickle.loads(pickle.dumps(slide))
+    assert len(sent.tiles.levels) == 2
+    assert np.array_equal(sent.read(70, 90, 64, 0.7), slide.read(70, 90, 64, 0.7))
+
+
+def copied(tmp_path, **settings):
+    path = write_jpeg(tmp_path / "a.svs", tissue_pixels(512, 512, 1))
+    index = SlideIndex.build(cohort_of({"a": path}), tmp_path / "index", workers=0, **settings)
+    return path, TileStream(index, tile_px=64)
+
+
+def test_a_file_that_changed_since_it_was_indexed_is_named(tmp_path):
+    path, stream = copied(tmp_path)
+    before = os.stat(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))
+    with pytest.raises(InputError, match=r"a\.svs has changed since it was opened or indexed; index it again"):
+        stream[0]
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stream[0].image.shape == (64, 64, 3)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))  # while it is open
+    with pytest.raises(InputError, match=r"a\.svs has changed since it was opened or indexed"):
+        stream[0]
+
+
+def test_with_a_crc_any_flipped_byte_is_named(tmp_path):
+    path, stream = copied(tmp_path, checksums=True)
+    stat, data = os.stat(path), bytearray(path.read_bytes())
+    start, length = (int(found[0]) for found in stream.index.tiles.find(0, [0]))
+    for at in (start, start + length // 2, start + length - 1):
+        spoilt = data.copy()
+        spoilt[at] ^= 1
+        path.write_bytes(spoilt)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        slide = SlideIndex.open(stream.index.folder)._slide(stream.index._row("a"))
+        with pytest.raises(InputError, match=r"a\.svs is damaged: compressed tile 0 of level 0 .*CRC-32"):
+            slide.read(0, 0, 64, 0.5)
+    assert stream.index.tiles.checks.dtype == np.uint32
+
+
+def test_a_damaged_tile_is_named_with_its_place(tmp_path):
+    path, stream = copied(tmp_path)
+    stat, data = os.stat(path), bytearray(path.read_bytes())
+    start, length = (int(found[0]) for found in stream.index.tiles.find(0, [3]))
+    data[start + 300 : start + length] = bytes(length - 300)
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    slide = stream.index._slide(stream.index._row("a"))
+    with pytest.raises(
+        InputError, match=rf"compressed tile 3 of level 0 \(bytes {start} to {start + length}\) is no whole"
+    ):
+        slide.read(400, 400, 64, 0.5)
+    assert slide.read(0, 0, 64, 0.5).shape == (64, 64, 3)
+    assert slide.scales == decode.SCALES
