@@ -258,6 +258,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Tasks:
+    """print the table of public tasks, or all that is known of one: files, splits, licence, overlaps, unknowns"""
+
+    name: str = setting("", "such as bach; all of them when left out", positional=True)
+    kind: str = setting("", "tiles, segmentation, slides or robustness; all when empty")
+
+    def __call__(self) -> None:
+        from pathfm import tasks
+
+        print(tasks.about(self.name) if self.name else tasks.table(self.kind or None).to_string(index=False))
+
+
+@dataclass(frozen=True)
 class Instrument:
     """draw the development cohort with each seed, measure what it can show, write results/instrument.csv"""
 
@@ -292,6 +305,7 @@ VERBS = {
     "tiles": Tiles,
     "embed": Embed,
     "probe": Probe,
+    "tasks": Tasks,
     "instrument": Instrument,
 }
 

@@ -70,7 +70,7 @@ class TileSet:
                 raise InputError(f"{manifest} has no column '{patient}'.{nearest(patient, table.columns)}")
             table["patient_id"] = table[patient]
         table["mpp"] = _mpp(table, mpp, manifest)
-        table, quarantined = _decode_all(table)
+        table, quarantined = decode_all(table)
         tiles = cls(name or manifest.parent.name, table, quarantined)
         _check(tiles, folder)
         return tiles
@@ -347,7 +347,8 @@ def _probe(path: str) -> tuple[str, int, int, str]:
     return hashlib.blake2b(data, digest_size=12).hexdigest(), width, height, ""
 
 
-def _decode_all(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def decode_all(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows whose image (column path) decodes, with digest, width_px and height_px; and the rest, with a reason."""
     with ThreadPoolExecutor(_threads()) as pool:
         found = list(progress(pool.map(_probe, table["path"]), "checking images", len(table), "image"))
     checked = table.assign(

@@ -149,21 +149,32 @@ def robustness_index(
     rows, reason = _balanced_rows(label, centre, seed)
     if reason:
         return table.assign(reason=reason)
-    x, label, centre = x[rows], label[rows], centre[rows]
-    ids, _ = nearest(x, k=max(k), bank_group=np.unique(patient[rows], return_inverse=True)[1])
-    same_class, same_centre = label[ids] == label[:, None], centre[ids] == centre[:, None]
-    so = np.cumsum((same_class & ~same_centre).sum(axis=0))
-    os = np.cumsum((~same_class & same_centre).sum(axis=0))
-    enough = int((ids >= 0).sum(axis=1).min())
+    so, os = so_os(x[rows], label[rows], centre[rows], patient[rows], max(k))
     table["n"] = len(rows)
     for row, neighbours in enumerate(k):
-        if neighbours > enough:
-            table.loc[row, "reason"] = f"a tile has only {enough} neighbours of other patients"
+        if neighbours > len(so):
+            table.loc[row, "reason"] = f"a tile has only {len(so)} neighbours of other patients"
             continue
         s, o = int(so[neighbours - 1]), int(os[neighbours - 1])
         table.loc[row, ["so", "os"]] = s, o
         table.loc[row, "robustness_index"] = s / (s + o) if s + o else np.nan
     return table
+
+
+def so_os(x: np.ndarray, label, centre, group, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many neighbours up to the 1st, 2nd, ... k-th are of the same class and another centre, and the reverse.
+
+    Two arrays (k,), summed over all rows; neighbours by cosine, those of the row's own group (patient, slide) left
+    out. Shorter than k where some row has fewer neighbours.
+    """
+    label, centre = np.asarray(label), np.asarray(centre)
+    ids, _ = nearest(x, k=k, bank_group=np.unique(np.asarray(group), return_inverse=True)[1])
+    ids = ids[:, : int((ids >= 0).sum(axis=1).min())]
+    same_class, same_centre = label[ids] == label[:, None], centre[ids] == centre[:, None]
+    return (
+        np.cumsum((same_class & ~same_centre).sum(axis=0)),
+        np.cumsum((~same_class & same_centre).sum(axis=0)),
+    )
 
 
 def _balanced_rows(label: np.ndarray, centre: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
