@@ -153,6 +153,23 @@ class Index:
 
 
 @dataclass(frozen=True)
+class Montage:
+    """every slide of a cohort with its mask and artefacts, on pages <out>/montage-001.png ..., listed in index.csv"""
+
+    cohort: str
+    out: str
+    sort: str = setting("suspicious", "suspicious (what stands out first) or slide_id")
+    page: str = setting("a4", "a4, letter or screen")
+
+    def __call__(self) -> None:
+        from pathfm import Cohort, SlideIndex, montage
+
+        montage.check(self.sort, self.page)
+        index = SlideIndex.build(Cohort.read(self.cohort))
+        print(montage.write(index, self.out, self.sort, self.page))
+
+
+@dataclass(frozen=True)
 class Tiles:
     """write the first tiles of a cohort's stream, or a fixed grid, as a folder of images or WebDataset shards"""
 
@@ -302,6 +319,7 @@ VERBS = {
     "cohort": MakeCohort,
     "fetch": Fetch,
     "index": Index,
+    "montage": Montage,
     "tiles": Tiles,
     "embed": Embed,
     "probe": Probe,

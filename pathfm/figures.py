@@ -94,7 +94,7 @@ def save(fig: Figure, name: str, folder: str | Path | None = None, dpi: int | No
 
 def _smaller(embedded: re.Match) -> bytes:
     picture = base64.b64decode(embedded[0])
-    return base64.b64encode(picture if len(picture) < LARGE // 10 else compact(picture))
+    return base64.b64encode(picture if len(picture) < LARGE // 40 else compact(picture))
 
 
 def show(fig: Figure, name: str, dpi: int | None = None) -> None:

@@ -8,9 +8,11 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
+import cv2
 import numpy as np
 import pandas as pd
 from filelock import FileLock
@@ -24,17 +26,19 @@ from pathfm.source import open_all
 from pathfm.storage import atomic, cache_dir, explained, progress, read_json, write_json
 from pathfm.tilemap import Shift, TileMap
 
-VERSION = 3  # of what is stored and how masks are made; an index of another version is made anew
+VERSION = 4  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 HEADER_BYTES = 1024  # of a .npy whose length is known when it is written
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide
 OPEN_SLIDES = 32  # handles kept per process
+PICTURE_PX = 384  # longest side of the picture of a slide that its scan keeps
 WORTH_PROCESSES = 300 * 2**20  # bytes of slides; fewer are indexed sooner than processes start
 
 # Columns that hold whole numbers.
 WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words", "first_level", "bytes"]
 WHOLE += [f"positions@{mpp}" for mpp in STANDARD_MPP]
+ARRAYS = ("mask", "picture", "spoilt", *tilemap.FILES)  # of a scan; all else in it is a column
 READING = ["reader", "fallback", "codec", "scales", "tag"]  # columns that say how a slide is read
 
 
@@ -44,9 +48,10 @@ class SlideIndex:
     folder   where it is stored
     slides   DataFrame, one row a slide of the cohort with its columns and: status ("ok", "quarantined"),
              reason, width_px, height_px, mpp, levels ("1 4 16"), cell_px (level-0 px per mask pixel),
-             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, blur_mm2, positions@0.25 ... (256 px tiles, 40 % tissue),
-             reader ("ranges", "openslide"), fallback (why OpenSlide reads), codec, scales ("1 2 4 8", the fractions
-             of its size that a level decodes to), bytes and tag (of the version of the file that was indexed)
+             tissue_mm2, pen_mm2, bubble_mm2, fold_mm2, edge_mm2, blur_mm2, positions@0.25 ... (256 px tiles, 40 %
+             tissue), reader ("ranges", "openslide"), fallback (why OpenSlide reads), codec, scales ("1 2 4 8", the
+             fractions of its size that a level decodes to), bytes and tag (of the version of the file that was
+             indexed), part (the file of its scan)
     usable   the rows that are ok
     tiles    TileMap: where the compressed tiles of all slides lie, memory-mapped
 
@@ -111,7 +116,8 @@ class SlideIndex:
             raise InputError(
                 f"{folder} holds an index of version {about.get('version')}, this is {VERSION}; build it again"
             )
-        types = dict.fromkeys([*TEXT, *READING, "status", "reason", "levels"], str) | dict.fromkeys(WHOLE, "Int64")
+        types = dict.fromkeys([*TEXT, *READING, "status", "reason", "levels", "part"], str)
+        types |= dict.fromkeys(WHOLE, "Int64")
         slides = pd.read_csv(folder / "slides.csv", dtype=types)
         slides[READING] = slides[READING].fillna("")
         return cls(folder, slides)
@@ -146,8 +152,16 @@ class SlideIndex:
         return positions.unpack(words.reshape(height, row.mask_words), width), row.cell_px * row.mpp
 
     def artefacts(self, slide_id: str) -> dict[str, np.ndarray]:
-        """What was left out of the mask as "pen", "bubble", "fold" or "blur", (h, w) bool, found on the slide anew."""
-        return _tissue(self.slide(slide_id), int(self._row(slide_id).cell_px))[1]
+        """What was left out of the mask, by tissue.KINDS, each (h, w) bool on the mask's grid."""
+        flags = cv2.imdecode(self._stored(slide_id, "spoilt"), cv2.IMREAD_UNCHANGED)
+        return {kind: flags & (1 << bit) != 0 for bit, kind in enumerate(tissue.KINDS)}
+
+    def picture(self, slide_id: str) -> np.ndarray:
+        """The slide as its scan saw it, (h, w, 3) uint8, PICTURE_PX on its longer side unless its mask is smaller.
+
+        Covers what the mask covers. The slide itself is not opened.
+        """
+        return cv2.imdecode(self._stored(slide_id, "picture"), cv2.IMREAD_COLOR)[..., ::-1]
 
     def slide(self, slide_id: str) -> Slide:
         """The slide, open; a process keeps at most OPEN_SLIDES."""
@@ -177,6 +191,13 @@ class SlideIndex:
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "slides": self.slides, "_words": None, "_tiles": None, "_where": None}
+
+    def _stored(self, slide_id: str, what: str) -> np.ndarray:
+        part = self.folder / "parts" / self._row(slide_id).part
+        if not part.is_file():
+            raise InputError(f"{part}, the scan of '{slide_id}', is gone; build the index again")
+        with np.load(part, allow_pickle=False) as stored:
+            return stored[what]
 
     def _row(self, slide_id: str):
         """A slide's row as a named tuple; the table is turned into rows once, for looking one up in it is slow."""
@@ -275,7 +296,9 @@ def _scan(path: str, mpp: float | None, checksums: bool) -> dict:
         _touch_corners(slide)
         cell = max(1, round(tissue.UM_PER_PX / slide.mpp))
         um_per_px = cell * slide.mpp
-        mask, artefacts = _tissue(slide, cell)
+        rgb = slide.thumbnail(um_per_px)
+        fine = um_per_px / tissue.DETAIL >= slide.mpp
+        mask, artefacts = tissue.segment(rgb, um_per_px, partial(_detail, slide, cell) if fine else None)
         if not mask.any():
             raise InputError(f"{path} shows no tissue; look at its thumbnail and leave it out")
         found = {
@@ -303,20 +326,24 @@ def _scan(path: str, mpp: float | None, checksums: bool) -> dict:
         return found | {
             "mask": positions.pack(mask).reshape(-1),
             "mask_words": -(-mask.shape[1] // 64),
+            "picture": _picture(rgb),
+            "spoilt": _flags(artefacts),
             **_named(tiles),
         }
 
 
-def _tissue(slide: Slide, cell: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """A slide's mask, without its artefacts, and those by kind; all (h, w) bool with `cell` level-0 px a pixel."""
-    um_per_px = cell * slide.mpp
-    rgb = slide.thumbnail(um_per_px)
-    artefacts = tissue.artefacts(rgb, um_per_px)
-    mask = tissue.foreground(rgb, um_per_px, spoilt=artefacts["pen"] | artefacts["bubble"])
-    artefacts["blur"] = np.zeros_like(mask)
-    if um_per_px / tissue.DETAIL >= slide.mpp:
-        artefacts["blur"] = tissue.blurred(_detail(slide, cell, mask, tissue.glass_level(rgb)), mask, um_per_px)
-    return mask & ~np.logical_or.reduce(list(artefacts.values())), artefacts
+def _picture(rgb: np.ndarray) -> np.ndarray:
+    """A thumbnail as the bytes of a JPEG, PICTURE_PX on its longer side at most."""
+    scale = min(PICTURE_PX / max(rgb.shape[:2]), 1)
+    size = [max(round(side * scale), 1) for side in rgb.shape[1::-1]]
+    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+
+
+def _flags(artefacts: dict[str, np.ndarray]) -> np.ndarray:
+    """Masks as the bytes of a PNG, one bit a kind."""
+    flags = sum(artefacts[kind].astype(np.uint8) << bit for bit, kind in enumerate(tissue.KINDS))
+    return cv2.imencode(".png", flags)[1]
 
 
 def _detail(slide: Slide, cell: int, mask: np.ndarray, glass: np.ndarray) -> np.ndarray:
@@ -374,8 +401,8 @@ def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
             rows.append({"status": "quarantined", "reason": result})
             continue
         with np.load(result, allow_pickle=False) as part:
-            facts = {key: part[key].item() for key in part.files if key not in ("mask", *tilemap.FILES)}
-            rows.append({"status": "ok", **facts, "mask_start": words, "first_level": levels})
+            facts = {key: part[key].item() for key in part.files if key not in ARRAYS}
+            rows.append({"status": "ok", **facts, "part": result.name, "mask_start": words, "first_level": levels})
             words, levels = words + len(part["mask"]), levels + len(part["tilemap.levels"])
         parts.append(result)
     reasons = [row["reason"] for row in rows if row["status"] != "ok"]

@@ -1,4 +1,4 @@
-"""Pictures of a cohort: its slides and masks on one page, artefacts, ground truth, morphometry, what a run saw."""
+"""Pictures of a cohort: artefacts, ground truth, morphometry, tissue at several scales, what a run saw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -16,53 +16,18 @@ from pathfm import tissue
 from pathfm.cohort import Cohort
 from pathfm.figures import CLASS_COLOURS, image, scale_bar
 from pathfm.index import SlideIndex
+from pathfm.montage import COLOURS
 from pathfm.slide import Slide
 from pathfm.stream import TileStream
 from pathfm.synthetic import CLASSES, Truth
+from pathfm.synthetic.artefacts import KINDS as ARTEFACTS
 
-ARTEFACT_COLOURS = {"pen": "#009E73", "fold": "#D55E00", "bubble": "#56B4E9", "blur": "#E6C229"}
-MASK_LINE = "#0072B2"
 MASK_UM = tissue.UM_PER_PX
-PAGE_PX = 320  # of the longest side of any slide on a page
-SCALES = 8  # slides that differ more in length are not shown at one scale
-
-
-def montage(index: SlideIndex, slide_ids: list[str], masks: bool = False, columns: int = 6) -> Figure:
-    """Slides on one page; with `masks` their tissue outlined and supposed artefacts filled.
-
-    At one scale with one bar, unless some slide is SCALES times as long as another: then each has its own.
-    """
-    sizes = {name: _size_um(index.slide(name)) for name in slide_ids}
-    longest = [max(size) for size in sizes.values()]
-    alike = max(longest) <= SCALES * min(longest)
-    common = tuple(max(size[axis] for size in sizes.values()) for axis in (0, 1)) if alike else None
-    centres = dict(index.slides[["slide_id", "centre"]].to_numpy()) if "centre" in index.slides else {}
-    columns = min(columns, len(slide_ids))
-    rows = -(-len(slide_ids) // columns)
-    tall = common[1] / common[0] if common else 1
-    fig, axes = plt.subplots(rows, columns, figsize=(6.5, rows * (6.5 / columns * tall + 0.14)), squeeze=False)
-    for ax in axes.ravel():
-        ax.set_axis_off()
-    for ax, name in zip(axes.ravel(), slide_ids, strict=False):
-        slide, (width, height) = index.slide(name), common or (max(sizes[name]),) * 2
-        extent = (0, sizes[name][0], sizes[name][1], 0)
-        thumbnail = slide.thumbnail(max(MASK_UM, width / PAGE_PX, height / PAGE_PX, slide.mpp))
-        ax.imshow(thumbnail, extent=extent, interpolation="antialiased")
-        if masks:
-            _outline(ax, index, name, extent)
-        ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-        ax.set_title(f"{name}, {centres[name]}" if centres else name, fontsize=5.5, pad=1.5)
-        if name == slide_ids[0] or not alike:
-            scale_bar(ax, 1.0, _round_mm(width))
-    if masks:
-        handles = [Patch(fc=fill, alpha=0.7, label=f"taken for {kind}") for kind, fill in ARTEFACT_COLOURS.items()]
-        fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7)
-    return fig
 
 
 def artefact_sheet(cohort: Cohort, truths: dict[str, Truth], side_um: float = 900) -> Figure:
     """One example of every kind of artefact, outlined by its truth."""
-    found = {kind: [t.artefact_mask(kind, MASK_UM).sum() for t in truths.values()] for kind in ARTEFACT_COLOURS}
+    found = {kind: [t.artefact_mask(kind, MASK_UM).sum() for t in truths.values()] for kind in ARTEFACTS}
     found = {kind: areas for kind, areas in found.items() if max(areas)}
     fig, axes = plt.subplots(1, len(found), figsize=(6.5, 1.95), squeeze=False)
     for ax, (kind, areas) in zip(axes[0], found.items(), strict=True):
@@ -75,7 +40,7 @@ def artefact_sheet(cohort: Cohort, truths: dict[str, Truth], side_um: float = 90
         ax.imshow(pixels, extent=(x, x + side_um, y + side_um, y), interpolation="antialiased")
         height, width = mask.shape
         outline = {"extent": (0, width * MASK_UM, 0, height * MASK_UM), "linewidths": 1.0, "linestyles": "--"}
-        ax.contour(mask, [0.5], colors=[ARTEFACT_COLOURS[kind]], **outline)
+        ax.contour(mask, [0.5], colors=[COLOURS[kind]], **outline)
         ax.set(xlim=(x, x + side_um), ylim=(y + side_um, y))
         ax.set_title(kind, fontsize=8)
         ax.set_axis_off()
@@ -198,18 +163,6 @@ def draw_audit(axes, audit: dict[str, pd.DataFrame]) -> None:
     there = axes[2].plot(classes["tissue"], classes["class"], "k|", ms=9, mew=1.6, label="in the slides")
     axes[2].set(xlabel="share of the area")
     axes[2].legend(handles=[Patch(fc="0.75", label="in the tiles"), *there], loc="lower right")
-
-
-def _outline(ax: Axes, index: SlideIndex, name: str, extent: tuple) -> None:
-    mask, um_per_px = index.mask(name)
-    height, width = mask.shape
-    grid = (0, width * um_per_px, 0, height * um_per_px)
-    ax.contour(mask, [0.5], colors=[MASK_LINE], linewidths=0.6, extent=grid)
-    spoilt = index.slides.set_index("slide_id").loc[name, [f"{kind}_mm2" for kind in tissue.KINDS]].any()
-    for kind, where in index.artefacts(name).items() if spoilt else ():
-        fill = np.zeros((*where.shape, 4))
-        fill[where] = (*to_rgb(ARTEFACT_COLOURS[kind]), 0.7)
-        ax.imshow(fill, extent=(0, grid[1], grid[3], 0), interpolation="nearest")
 
 
 def _nuclei(ax: Axes, truth: Truth, x: float, y: float, side_um: float, mpp: float) -> None:

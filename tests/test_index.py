@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_quarantined_by_name_and_reason(slides, tmp_path)
     good = slides["one"].read_bytes()
     bad = {
         "missing": (tmp_path / "missing.svs", "missing.svs does not exist"),
-        "folder": (tmp_path / "folder.svs", "is an empty folder"),
+        "folder": (tmp_path / "folder.svs", "is a folder; give the slide file"),
         "empty": (tmp_path / "empty.svs", "is empty (0 bytes)"),
         "truncated": (tmp_path / "truncated.tiff", "fetch"),
         "text": (tmp_path / "text.svs", "is no slide format"),
@@ -213,7 +213,7 @@ def closed_folder(tmp_path):
 def test_an_index_in_a_folder_that_cannot_be_written(slides, tmp_path, closed_folder):
     """What is whole is opened and read; what has to be made is refused by name."""
     folder = tmp_path / "index"
-    SlideIndex.build(cohort_of(slides), folder, workers=0)
+    TileStream(SlideIndex.build(cohort_of(slides), folder, workers=0), tile_px=64)[0]  # compiles what nobody may cache
     other = tmp_path / "other"
     other.mkdir()
     write_slide(tmp_path / "new.tiff", tissue_pixels(seed=9), 0.5, (1, 4))

@@ -15,19 +15,6 @@ def truths(cohort):
     return {row.slide_id: Truth.open(row.path) for row in cohort}
 
 
-def test_a_page_shows_every_slide_at_one_scale(index):
-    ids = list(index.usable["slide_id"])
-    fig = overview.montage(index, ids, columns=3)
-    axes = [ax for ax in fig.axes if ax.images]
-    assert [ax.get_title(loc="left").split(",")[0] for ax in axes] == ids
-    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in axes}) == 1
-
-
-def test_masks_are_outlined(index):
-    fig = overview.montage(index, list(index.usable["slide_id"])[:2], masks=True)
-    assert all(len(ax.collections) == 1 for ax in fig.axes if ax.images)
-
-
 def test_truth_shows_a_slide_its_classes_and_nuclei(cohort, truths):
     slide, classes, nuclei = overview.truth_figure(cohort, truths, side_um=120).axes
     assert set(np.unique(classes.images[0].get_array())) <= set(range(9))
