@@ -305,7 +305,7 @@ class Instrument:
 
 
 def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "") -> None:
-    """pretrain a backbone with DINO from the slides of a cohort; continues a run that was interrupted"""
+    """pretrain a backbone with DINO or DINOv2 from the slides of a cohort; continues a run that was interrupted"""
     from pathfm import Cohort, study
 
     print(study.pretrained(Cohort.read(cohort), config, folder=folder, offline=tiles).teacher)
@@ -400,16 +400,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _pretrain(arguments: list[str]) -> None:
-    from pathfm.pretrain import PretrainConfig
+    """One command line a method: `--recipe` or `--method` first says which, and what its defaults are."""
+    from pathfm.config import RECIPES, make_config, recipe
 
-    parser = argparse.ArgumentParser("pathfm pretrain", description=pretrain.__doc__)
-    parser.add_argument("cohort", help="a cohort.csv; slides whose role is not 'pretrain' are left out")
-    parser.add_argument("folder", help="the run folder, new or interrupted")
-    parser.add_argument("--tiles", default="", help="tiles that `pathfm tiles` wrote, in place of the slides' stream")
-    add_fields(parser, PretrainConfig)
-    given = vars(parser.parse_args(arguments))
-    cohort, folder, tiles = given.pop("cohort"), given.pop("folder"), given.pop("tiles")
-    pretrain(PretrainConfig(**given), cohort, folder, tiles)
+    first = argparse.ArgumentParser("pathfm pretrain", description=pretrain.__doc__)
+    first.add_argument("cohort", help="a cohort.csv; slides whose role is not 'pretrain' are left out")
+    first.add_argument("folder", help="the run folder, new or interrupted")
+    first.add_argument("--recipe", default="", help=f"whose values are the defaults: {', '.join(RECIPES)}")
+    first.add_argument("--tiles", default="", help="tiles that `pathfm tiles` wrote, in place of the slides' stream")
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--recipe", default="")
+    early.add_argument("--method", default="dino")
+    chosen, _ = early.parse_known_args(arguments)
+    base = recipe(chosen.recipe) if chosen.recipe else make_config(method=chosen.method)
+    add_fields(first, type(base))
+    first.set_defaults(**dataclasses.asdict(base))
+    given = vars(first.parse_args(arguments))
+    cohort, folder, tiles, _ = (given.pop(name) for name in ("cohort", "folder", "tiles", "recipe"))
+    pretrain(make_config(**given), cohort, folder, tiles)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ import torch
 from skimage.color import rgb_from_hed
 from torch import Generator, Tensor
 
-from pathfm.config import PretrainConfig
+from pathfm import lab
+from pathfm.config import DinoV2Config, PretrainConfig
+from pathfm.errors import InputError
+from pathfm.masking import block_masks
+from pathfm.ranks import gathered, own_rows
 
 RATIO = (3 / 4, 4 / 3)  # width over height of a crop; torchvision's default, which DINO uses
 GRAY = (0.2989, 0.587, 0.114)
@@ -29,44 +33,88 @@ class Views(NamedTuple):
     global_: Tensor  # (G, B, 3, global_px, global_px)
     local: Tensor  # (L, B, 3, local_px, local_px)
     effective_mpp: Tensor  # (V, B) microns per pixel of what the ViT sees, global views first; on the CPU
+    masks: Tensor  # (G, B, N) True where a patch is hidden from the student, row by row, on the CPU; DINO: (G, B, 0)
 
 
 class MultiCrop:
-    """The views of Caron et al. 2021 and of their code, for a batch."""
+    """The views of Caron et al. 2021 and of their code, for a batch; for DINOv2 with masks of patches of `patch_px`."""
 
-    def __init__(self, config: PretrainConfig):
-        self.config = config
+    def __init__(self, config: PretrainConfig, patch_px: int = 0):
+        self.config, self.patch_px = config, patch_px
 
     def __call__(self, images: Tensor, mpp: Tensor, generator: Generator) -> Views:
         """Views of `images` (B, H, W, 3) uint8 at `mpp` (B,), drawn by a CPU `generator`."""
         c = self.config
         tiles = images.permute(0, 3, 1, 2).float() / 255
-        n = len(tiles)
+        n, colours = len(tiles), self._colours_of(tiles)
         big, big_mpp = self._crops(tiles, mpp, 2, c.global_scale, c.global_px, generator)
-        big = self._colours(
-            big,
+        big = self._changed(
+            self._restained(big, colours, generator),
+            big_mpp,
             torch.tensor(c.blur[:2]).repeat_interleave(n),
             torch.tensor([0.0, c.solarise]).repeat_interleave(n),
             generator,
         )
         small, small_mpp = self._crops(tiles, mpp, c.local_views, c.local_scale, c.local_px, generator)
-        small = self._colours(small, torch.full((len(small),), c.blur[2]), torch.zeros(len(small)), generator)
-        return Views(big.unflatten(0, (2, n)), small.unflatten(0, (c.local_views, n)), torch.cat([big_mpp, small_mpp]))
+        small = self._changed(
+            self._restained(small, colours, generator),
+            small_mpp,
+            torch.full((len(small),), c.blur[2]),
+            torch.zeros(len(small)),
+            generator,
+        )
+        return Views(
+            big.unflatten(0, (2, n)),
+            small.unflatten(0, (c.local_views, n)),
+            torch.cat([big_mpp, small_mpp]),
+            self._masks(n, generator),
+        )
 
     def _crops(
         self, tiles: Tensor, mpp: Tensor, views: int, scale: tuple[float, ...], px: int, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """Resized and flipped crops (views * B, 3, px, px) in [0, 1] and their effective mpp (views, B)."""
+        """Resized, flipped and turned crops (views * B, 3, px, px) in [0, 1] and their effective mpp (views, B)."""
         n, side = len(tiles), tiles.shape[-1]
-        boxes = random_boxes(views * n, side, scale, generator)
+        boxes = boxes_for(self.config, views * n, side, px, scale, generator)
         flips = torch.rand(2, views * n, generator=generator) < torch.tensor(
             [[self.config.vertical_flip], [self.config.flip]]
         )
         crops = [crop(tiles, boxes[v * n : (v + 1) * n], flips[:, v * n : (v + 1) * n], px) for v in range(views)]
         seen = effective_mpp(mpp.cpu().float().repeat(views), boxes, px)
-        return torch.cat(crops) if crops else tiles.new_empty(0, 3, px, px), seen.view(views, n)
+        x = torch.cat(crops) if crops else tiles.new_empty(0, 3, px, px)
+        if self.config.rotate:
+            x = turned(x, torch.randint(4, (len(x),), generator=generator))
+        return x, seen.view(views, n)
 
-    def _colours(self, x: Tensor, blur: Tensor, solarise: Tensor, generator: Generator) -> Tensor:
+    def _colours_of(self, tiles: Tensor) -> Tensor | None:
+        """Mean and spread in CIELAB of whole tiles (B, 2, 3), where something asks for them."""
+        return lab.colours(tiles) if self.config.stain_transfer or self.config.randstain else None
+
+    def _restained(self, x: Tensor, colours: Tensor | None, generator: Generator) -> Tensor:
+        """`x` (V * B, 3, h, w) with the colours of another tile of the batch, or with drawn ones."""
+        c, n = self.config, len(x)
+        if c.stain_transfer:
+            chosen = torch.rand(n, generator=generator) < c.stain_transfer
+            everyone = gathered(colours)
+            x = lab.given(
+                x, chosen, colours, everyone[other_tile(own_rows(colours).cpu(), n, len(everyone), generator)]
+            )
+        if c.randstain:
+            chosen = torch.rand(n, generator=generator) < c.randstain
+            law = colours.new_tensor(c.randstain_lab).view(2, 2, 3) if c.randstain_lab else lab.law(gathered(colours))
+            drawn = torch.randn(n, 2, 3, generator=generator).to(law)
+            x = lab.given(x, chosen, colours, law[0] + drawn * law[1])
+        return x
+
+    def _masks(self, n: int, generator: Generator) -> Tensor:
+        """Masks (2, B, N) for DINOv2, where the patch is given."""
+        c = self.config
+        if not isinstance(c, DinoV2Config) or not self.patch_px:
+            return torch.zeros(2, n, 0, dtype=torch.bool)
+        side = c.global_px // self.patch_px
+        return block_masks(2 * n, side, c.mask_probability, c.mask_ratio, generator).unflatten(0, (2, n))
+
+    def _changed(self, x: Tensor, mpp: Tensor, blur: Tensor, solarise: Tensor, generator: Generator) -> Tensor:
         """Jitter, grayscale, blur, solarise, normalise; `blur` and `solarise` are probabilities by image."""
         c, n = self.config, len(x)
 
@@ -91,9 +139,58 @@ class MultiCrop:
             offsets = torch.stack([between(-0.1 * c.stain, 0.1 * c.stain) for _ in DYES], 1)
             x = stained(x, amounts.to(x.device), offsets.to(x.device))
         x = where(x, happens(c.grayscale), saturation, torch.zeros(n))
-        x = where(x, happens(blur), gaussian_blur, between(*c.blur_sigma_px))
+        blurred, sigma = happens(blur), between(*(c.blur_sigma_um or c.blur_sigma_px))
+        x = where(x, blurred, gaussian_blur, self._in_pixels(sigma, mpp.flatten()))
         x = where(x, happens(solarise), inverted_above, torch.full((n,), 128 / 255))
         return (x - 0.5) / 0.5
+
+    def _in_pixels(self, sigma: Tensor, mpp: Tensor) -> Tensor:
+        """Sigma in pixels of each view, of one in um where the settings say so."""
+        if not self.config.blur_sigma_um:
+            return sigma
+        if not mpp.isfinite().all():
+            raise InputError("blur_sigma_um needs tiles whose mpp is known; take blur_sigma_px and blur_sigma_um=()")
+        return sigma / mpp
+
+
+def boxes_for(
+    config: PretrainConfig, n: int, side: int, px: int, scale: tuple[float, ...], generator: Generator
+) -> Tensor:
+    """`n` boxes (n, 4) for views of `px` pixels a side, as `config.crop` says: of any `scale`, or of the tile's own."""
+    if config.crop == "translate":
+        return translated_boxes(n, side, px, config.translate_scale, config.translate_ratio, generator)
+    return random_boxes(n, side, scale, generator)
+
+
+def translated_boxes(
+    n: int, side: int, px: int, scale: tuple[float, ...], ratio: tuple[float, ...], generator: Generator
+) -> Tensor:
+    """`n` boxes (n, 4), as `random_boxes`, of near `px` pixels a side anywhere in a square of `side`.
+
+    So a view shows cells at nearly the tile's own scale, undistorted: the extended-context translation of Virchow2
+    (Zimmermann et al. 2024, section 5.1). `scale` is uniform and of sides (ours: whether of sides or area is not said).
+    """
+    length = px * (scale[0] + (scale[1] - scale[0]) * torch.rand(n, generator=generator))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    stretch = torch.exp((low + (high - low) * torch.rand(n, generator=generator)) / 2)
+    height, width = (length / stretch).round(), (length * stretch).round()
+    top = (torch.rand(n, generator=generator) * (side - height + 1)).floor()
+    left = (torch.rand(n, generator=generator) * (side - width + 1)).floor()
+    return torch.stack([top, left, height, width], 1)
+
+
+def other_tile(own: Tensor, n: int, tiles: int, generator: Generator) -> Tensor:
+    """For each of `n` views of the tiles `own` (B,), view by view, another of `tiles`, all equally likely (n,)."""
+    step = 1 + torch.randint(max(1, tiles - 1), (n,), generator=generator)
+    return (own.repeat(n // len(own)) + step) % tiles
+
+
+def turned(x: Tensor, quarters: Tensor) -> Tensor:
+    """Square images (n, 3, px, px) turned by `quarters` (n,) of a circle; written in place."""
+    for k in (1, 2, 3):
+        at = (quarters == k).nonzero()[:, 0].to(x.device)
+        x[at] = x[at].rot90(k, (-2, -1))
+    return x
 
 
 def random_boxes(n: int, side: int, scale: tuple[float, ...], generator: Generator) -> Tensor:
@@ -133,7 +230,7 @@ def scale_table(config: PretrainConfig, boxes: int = 4096) -> pd.DataFrame:
         ("global", config.global_scale, config.global_px),
         ("local", config.local_scale, config.local_px),
     ):
-        drawn = random_boxes(boxes, config.tile_px, scale, torch.Generator().manual_seed(0))
+        drawn = boxes_for(config, boxes, config.tile_px, px, scale, torch.Generator().manual_seed(0))
         step = effective_mpp(torch.ones(boxes), drawn, px)
         for mpp in config.mpp:
             least, median, greatest = (mpp * float(q) for q in (step.min(), step.median(), step.max()))

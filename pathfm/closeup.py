@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pathfm.augment import MultiCrop
-from pathfm.config import RECIPES, PretrainConfig
+from pathfm.config import RECIPES, PretrainConfig, make_config
 from pathfm.errors import InputError, nearest
 from pathfm.slide import Slide, plan_read
 from pathfm.stream import Tile
@@ -42,10 +42,10 @@ def neighbours(slide: Slide, tile: Tile, mpps: tuple[float, ...]) -> list[Pictur
 
 
 def recipe(name: str) -> PretrainConfig:
-    """The settings called "published" (DINO's own), "smoke" or "demo". Raises InputError for another name."""
+    """The settings called "published" (DINO's own), or a recipe. Raises InputError for another name."""
     if name not in VIEWS:
         raise InputError(f"no recipe '{name}'.{nearest(name, VIEWS)}")
-    return PretrainConfig.of(**RECIPES.get(name, {}))
+    return make_config(**RECIPES.get(name, {}))
 
 
 def views(tile: Tile, config: PretrainConfig, draw: int = 0) -> list[Picture]:

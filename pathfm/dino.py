@@ -30,13 +30,11 @@ class Encoder(nn.Module):
 
 
 class Outcome(NamedTuple):
-    """What one step's forward pass gives; the last four are for the log."""
+    """What one step's forward pass gives."""
 
-    loss: Tensor  # scalar, nats: DINO's, and KoLeo's where it has a weight
-    teacher_logits: Tensor  # (G, B, K), to move the centre by
-    koleo: Tensor  # before its weight, 0 where it has none
-    teacher_entropy: Tensor  # mean over tiles, nats: log K is a teacher without opinion
-    prototype_entropy: Tensor  # of the batch's mean probabilities, nats: 0 is one prototype for all
+    loss: Tensor  # scalar, nats: the sum of the parts, each by its weight
+    heard: dict[str, Tensor]  # the teacher's logits (..., K) by the name of the centre that they move
+    log: dict[str, Tensor]  # scalars: the parts before their weights, 0 where they have none; entropies in nats
 
 
 class Dino(nn.Module):
@@ -53,53 +51,68 @@ class Dino(nn.Module):
             depth=config.depth,
             width=config.width,
             heads=config.heads,
+            registers=config.registers,
+            layer_scale=config.layer_scale,
         )
         check_size(backbone, config.global_px, "global_px")
         if config.local_views:
             check_size(backbone, config.local_px, "local_px")
-        head = DinoHead(
-            backbone.num_features,
-            config.prototypes,
-            config.head_hidden,
-            config.head_bottleneck,
-            config.head_norm,
-            config.norm_last_layer,
-        )
-        self.student = Encoder(backbone, head)
+        self.patch_px = backbone.patch_embed.patch_size[0]
+        self.student = self.encoder(backbone)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():  # the teacher has no stochastic depth
             if hasattr(module, "drop_prob"):
                 module.drop_prob = 0.0
         self.register_buffer("centre", torch.zeros(config.prototypes))
 
+    def encoder(self, backbone: nn.Module) -> Encoder:
+        """The student, new heads on a backbone."""
+        c = self.config
+        return Encoder(
+            backbone,
+            DinoHead(
+                backbone.num_features,
+                c.prototypes,
+                c.head_hidden,
+                c.head_bottleneck,
+                c.head_norm,
+                c.norm_last_layer,
+            ),
+        )
+
     def forward(self, views: Views, now: Schedule) -> Outcome:
         """The loss of a batch of views, and what the teacher said."""
         with torch.no_grad():
             _, logits = self.teacher(views.global_)
             with torch.autocast(logits.device.type, enabled=False):
-                p = sharpened(logits, self.centre, now.teacher_temperature)
+                p = self.answers(logits, now.teacher_temperature)
         features, student = self.student(views.global_, views.local)
         with torch.autocast(logits.device.type, enabled=False):
             loss, spread = dino_loss(student, p, self.config.student_temperature), logits.new_zeros(())
             if self.config.koleo:
                 spread = sum(koleo(view) for view in features[: len(logits)])
                 loss = loss + self.config.koleo * spread
-        return Outcome(loss, logits, spread.detach(), entropy(p).mean(), entropy(p.mean((0, 1))))
+        return Outcome(loss, {"centre": logits}, {"koleo": spread.detach(), **entropies(p)})
+
+    def answers(self, logits: Tensor, temperature: float) -> Tensor:
+        """The teacher's probabilities (..., K) of its logits on CLS."""
+        return sharpened(logits, self.centre, temperature)
 
     @torch.no_grad()
     def follow(self, outcome: Outcome, momentum: float) -> None:
-        """After the student's step: the teacher moves towards it, the centre towards the teacher's mean."""
+        """After the student's step: the teacher moves towards it, the centres towards the teacher's mean."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
-        self.centre.copy_(moved_centre(self.centre, outcome.teacher_logits, self.config.centre_momentum))
+        for name, logits in outcome.heard.items():
+            centre = getattr(self, name)
+            centre.copy_(moved_centre(centre, logits, self.config.centre_momentum))
 
     def groups(self) -> list[dict]:
         """The student's parameters for AdamW: with weight decay, and (biases, norms) without, as DINO's code."""
         named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-        bare = [p for name, p in named if name.endswith(".bias") or p.ndim == 1]
         return [
-            {"params": [p for name, p in named if not (name.endswith(".bias") or p.ndim == 1)]},
-            {"params": bare, "weight_decay": 0.0},
+            {"params": [p for name, p in named if not is_bare(name, p)], "decay": 1.0},
+            {"params": [p for name, p in named if is_bare(name, p)], "decay": 0.0, "weight_decay": 0.0},
         ]
 
     def hold_prototypes(self, now: Schedule) -> None:
@@ -107,6 +120,23 @@ class Dino(nn.Module):
         if now.freeze_last_layer:
             for p in self.student.head.last_layer.parameters():
                 p.grad = None
+
+    def clip(self) -> Tensor:
+        """Bounds the student's gradients, parameter by parameter, and returns the norm of all before."""
+        return clip_gradients([p for p in self.student.parameters() if p.requires_grad], self.config.clip)
+
+
+def is_bare(name: str, p: Tensor) -> bool:
+    """Whether a parameter has no weight decay: biases, norms and LayerScale."""
+    return name.endswith(".bias") or p.ndim == 1
+
+
+def entropies(p: Tensor) -> dict[str, Tensor]:
+    """Of probabilities (G, B, K), for the log: a tile's own (log K: no opinion), and that of the batch's mean.
+
+    The second is near 0 where one prototype serves all.
+    """
+    return {"teacher_entropy": entropy(p).mean(), "prototype_entropy": entropy(p.mean((0, 1)))}
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:

@@ -18,6 +18,7 @@ from pathfm import vit
 from pathfm.errors import InputError
 from pathfm.storage import atomic, write_json
 
+LAYER_SCALE = 1e-5  # says that there is one; its values are in the weights
 MEAN = STD = (0.5, 0.5, 0.5)  # inputs in [-1, 1], as the kaiko models; travels with the weights
 
 
@@ -62,6 +63,10 @@ def export(model: VisionTransformer, folder: str | Path, card: dict[str, Any] | 
         "num_heads": model.blocks[0].attn.num_heads,
         "dynamic_img_size": True,
     }
+    if model.num_reg_tokens:
+        arguments["reg_tokens"] = model.num_reg_tokens
+    if hasattr(model.blocks[0].ls1, "gamma"):
+        arguments["init_values"] = LAYER_SCALE
     config = {
         "architecture": model.pretrained_cfg["architecture"],
         "num_classes": 0,

@@ -25,17 +25,19 @@ from torch.utils.data import DataLoader
 from pathfm import checkpoint, logbook, stores
 from pathfm.augment import MultiCrop, scale_table
 from pathfm.cohort import patient_of
-from pathfm.config import SMOKE, PretrainConfig
-from pathfm.dino import Dino, clip_gradients
+from pathfm.config import SMOKE, PretrainConfig, make_config
+from pathfm.dino import Dino
+from pathfm.dinov2 import DinoV2
 from pathfm.errors import InputError
 from pathfm.export import export, load
-from pathfm.schedules import schedule
+from pathfm.schedules import schedule, set_rates
 from pathfm.storage import cache_dir, progress, read_json, write_json
 from pathfm.vit import set_attention
 from pathfm.watches import Watch
 
 __all__ = ["SMOKE", "PretrainConfig", "Run", "pretrain"]
 
+METHODS = {"dino": Dino, "dinov2": DinoV2}
 CHECKPOINT = "checkpoint.safetensors"
 FREE = ("workers", "checkpoint_every")  # may differ when a run goes on: they change no number
 WEIGHTS, STEP_VIEWS, STEP_DEPTH = range(3)
@@ -55,7 +57,7 @@ class Run:
     @property
     def config(self) -> PretrainConfig:
         """What the run was told."""
-        return PretrainConfig.of(**self.params["config"])
+        return make_config(**self.params["config"])
 
     @cached_property
     def log(self) -> pd.DataFrame:
@@ -79,8 +81,9 @@ class Run:
 
 
 def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder: str | Path | None = None) -> Run:
-    """Trains DINO on a tile stream; goes on where `folder` holds an unfinished run, returns where it is finished.
+    """Trains DINO or DINOv2 on a tile stream; goes on where `folder` holds an unfinished run, returns a finished one.
 
+    config      a PretrainConfig for DINO, a DinoV2Config for DINOv2
     stream      a TileStream, OfflineTiles, or anything whose [i] is a Tile of (tile_px, tile_px, 3) uint8
     validation  tiles to watch: a TileSet with roles (RankMe, ODCorr, entropy, kNN) or a TileStream (without kNN)
     folder      where the run lives; None: the cache, by config and stream
@@ -110,7 +113,9 @@ class Training:
         saved = self._saved()
         torch.manual_seed(key(config.seed, WEIGHTS))
         # A resumed run has its weights; it must not depend on where the first ones came from.
-        self.model = Dino(config if saved is None or config.init == "random" else config.replace(init="random"))
+        self.model = METHODS[config.method](
+            config if saved is None or config.init == "random" else config.replace(init="random")
+        )
         self.model.to(self.device).train()
         set_attention(self.model, self.fused)
         self.named = {name: p for name, p in self.model.student.named_parameters() if p.requires_grad}
@@ -127,7 +132,7 @@ class Training:
         if watch and not self.step:
             looks.add({"step": 0, **watch.look(self.model, config)})
         batches = iter(self._batches(stream))
-        multicrop = MultiCrop(config)
+        multicrop = MultiCrop(config, self.model.patch_px)
         steps = range(self.step, config.steps)
         bar = progress(steps, desc=f"{folder.name}, step {self.step} to {config.steps}", unit="step")
         for step in bar:
@@ -174,18 +179,15 @@ class Training:
         torch.manual_seed(key(config.seed, STEP_DEPTH, step))
         images = batch.image.to(self.device, non_blocking=True)
         views = multicrop(images, batch.mpp, torch.Generator().manual_seed(key(config.seed, STEP_VIEWS, step)))
-        for group in self.optimiser.param_groups:
-            group["lr"] = now.lr
-        self.optimiser.param_groups[0]["weight_decay"] = now.weight_decay
+        set_rates(self.optimiser.param_groups, now)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             outcome = model(views, now)
         self.optimiser.zero_grad(set_to_none=True)
         outcome.loss.backward()
         model.hold_prototypes(now)
-        norm = clip_gradients(list(self.named.values()), config.clip)
-        watched = (outcome.koleo, outcome.teacher_entropy, outcome.prototype_entropy)
-        numbers = torch.stack([outcome.loss.detach(), norm, *(value.float() for value in watched)])
-        loss, norm, koleo, teacher_entropy, prototype_entropy = numbers.tolist()
+        norm = model.clip()
+        numbers = torch.stack([outcome.loss.detach(), norm, *(value.float() for value in outcome.log.values())])
+        loss, norm, *parts = numbers.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise InputError(
                 f"step {step + 1}: loss {loss} and gradient norm {norm} are not both numbers. The last checkpoint in "
@@ -201,9 +203,7 @@ class Training:
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,
             "teacher_temperature": now.teacher_temperature,
-            "koleo": koleo,
-            "teacher_entropy": teacher_entropy,
-            "prototype_entropy": prototype_entropy,
+            **dict(zip(outcome.log, parts, strict=True)),
             "grad_norm": norm,
             "mpp_tile": float(batch.mpp.float().mean()),
             "mpp_global": float(seen[:2].mean()),
@@ -246,8 +246,10 @@ class Training:
             return None
         tensors, state = checkpoint.load(path)
         now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        before = {field.name: field.default for field in dataclasses.fields(self.config)}  # what older runs had
         for name in [*now, *sorted(set(state["config"]) - set(now))]:
-            was, wanted = state["config"].get(name, "absent"), now.get(name, "absent")
+            was, wanted = state["config"].get(name, before.get(name)), now.get(name, "absent")
+            was = list(was) if isinstance(was, tuple) else was
             if name not in FREE and was != wanted:
                 raise InputError(f"{path} was made with {name}={was!r}, not {wanted!r}; use that, or a new folder")
         for was, wanted in zip(state["tiles"], self.tiles, strict=False):

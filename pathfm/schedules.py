@@ -49,3 +49,14 @@ def schedule(config: PretrainConfig, step: int) -> Schedule:
         ),
         freeze_last_layer=step < round(config.freeze_last_layer * n),
     )
+
+
+def set_rates(groups: list[dict], now: Schedule) -> None:
+    """Gives an optimiser's parameter groups their learning rate and weight decay of this step.
+
+    A group's `rate` and `decay` (1 where it has none) scale them; one with `prototypes` stands still while those do.
+    """
+    for group in groups:
+        still = group.get("prototypes", False) and now.freeze_last_layer
+        group["lr"] = 0.0 if still else now.lr * group.get("rate", 1.0)
+        group["weight_decay"] = now.weight_decay * group.get("decay", 1.0)

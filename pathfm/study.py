@@ -16,7 +16,8 @@ from filelock import FileLock
 from pathfm import answers
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
-from pathfm.config import RECIPES, PretrainConfig
+from pathfm.config import PretrainConfig
+from pathfm.config import recipe as of_recipe
 from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
 from pathfm.offline import OfflineTiles
@@ -138,13 +139,11 @@ def config(
     settings    fields as text, such as "koleo=0 local_views=2 global_scale=0.3,1"
     mpp, steps  the recipe's own where empty or 0; mpp may be text such as "0.5,1"
     """
-    if recipe not in RECIPES:
-        raise InputError(f"recipe='{recipe}' is unknown.{nearest(recipe, RECIPES)}")
     if mpp:
         fields["mpp"] = mpp_list(mpp) if isinstance(mpp, str) else mpp
     if steps:
         fields["steps"] = steps
-    return PretrainConfig.of(**{**RECIPES[recipe], **fields, **parsed(settings)})
+    return of_recipe(recipe, **{**fields, **parsed(settings)})
 
 
 def parsed(text: str) -> dict:

@@ -1,4 +1,4 @@
-"""Backbones from timm, the DINO head, and what a backbone looks at."""
+"""Backbones from timm, the DINO head, patches hidden from a backbone, and what it looks at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models._helpers import load_state_dict
+from timm.models._manipulate import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ def make_backbone(
     depth: int = 0,
     width: int = 0,
     heads: int = 0,
+    registers: int = 0,
+    layer_scale: float = 0.0,
 ) -> tuple[VisionTransformer, str]:
     """A timm ViT without classifier, and a sentence that says where its weights come from.
 
@@ -34,11 +38,12 @@ def make_backbone(
     init      "imagenet": timm's weights, fetched or cached; "random": drawn from torch's generator; else a folder
               (ours or timm's: config.json and model.safetensors) or a file of weights, adapted to patch and size
     img_size  pixels a side that the position embedding is made for; other sizes are interpolated
-    depth, width, heads  0 = the model's own
+    depth, width, heads, registers, layer_scale  0 = the model's own
 
     Raises InputError for an unknown name, a size that the patch does not divide, and weights that do not fit.
     """
-    own = {key: value for key, value in {"depth": depth, "embed_dim": width, "num_heads": heads}.items() if value}
+    own = {"depth": depth, "embed_dim": width, "num_heads": heads, "reg_tokens": registers, "init_values": layer_scale}
+    own = {key: value for key, value in own.items() if value}
     model = _create(name, img_size, drop_path, own)
     if str(init) == "random":
         return model, "random weights"
@@ -195,6 +200,24 @@ class DinoHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+def drop_path_everywhere(model: VisionTransformer, rate: float) -> None:
+    """Stochastic depth at the same rate in every block, as DINOv2; timm's grows linearly from 0."""
+    for block in model.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+
+
+def tokens_seen(model: VisionTransformer, images: Tensor, hidden: Tensor, mask_token: Tensor) -> Tensor:
+    """The last layer's normalised tokens (B, prefix + N, D) where the patches `hidden` (B, N) are `mask_token` (1, D).
+
+    A hidden patch keeps its position. iBOT (Zhou et al. 2022, section 3.2), as `model.forward_features` otherwise.
+    """
+    x = model.patch_embed(images)  # (B, h, w, D)
+    x = torch.where(hidden.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+    x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+    x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing and model.training else model.blocks(x)
+    return model.norm(x)
 
 
 @torch.no_grad()

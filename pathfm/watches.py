@@ -14,7 +14,7 @@ from pathfm.config import PretrainConfig
 from pathfm.dino import Dino
 from pathfm.errors import InputError
 from pathfm.export import Preprocess
-from pathfm.losses import entropy, sharpened
+from pathfm.losses import entropy
 
 NEIGHBOURS = 20
 
@@ -58,7 +58,7 @@ class Watch:
         model.eval()
         x = self._features(self.images, model, config)
         logits = model.teacher.head(torch.as_tensor(x, device=model.centre.device))
-        p = sharpened(logits, model.centre, config.teacher_temperature)
+        p = model.answers(logits, config.teacher_temperature)
         correlation, rank = odcorr(x), rankme(x)
         seen = {
             "teacher_entropy": float(entropy(p).mean()),
