@@ -144,6 +144,8 @@ class DiskSource(Source):
                 more = os.pread(handle.number, stop - start - len(data), start + len(data))
                 data = data + more if more else b""
             now = _disk_tag(os.fstat(handle.number))
+        except FileNotFoundError:
+            raise InputError(f"{self.path} does not exist; correct its path") from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror}; check the file and its disk") from None
         if now != self.tag or len(data) != stop - start:

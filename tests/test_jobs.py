@@ -167,7 +167,7 @@ def test_workers_are_of_this_machine_or_of_the_cluster(slides, tmp_path):
 
 def test_a_worker_of_another_version_is_refused(slides):
     with pytest.raises(InputError, match="a worker makes indexes of version .*install the same pathfm"):
-        index_module._scan_or_reason(str(slides["s0"]), None, index_module.VERSION + 1)
+        index_module._scan_or_reason(str(slides["s0"]), None, False, "part", index_module.VERSION + 1)
 
 
 SLOW = """
