@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from file_server import FileServer
 from filelock import FileLock
+from processes import heeding_ctrl_c
 
 from pathfm import Cohort, InputError
 from pathfm import download as download_module
@@ -291,7 +292,9 @@ def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, tmp_path):
     command = [sys.executable, "-m", "pathfm", "fetch", "--folder", str(folder), "--parallel", "2"]
     command += [f"{server.url}/{k}.svs#sha256={SHA}" for k in range(4)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heeding_ctrl_c
+    )
     while not (folder.is_dir() and partial_files(folder)):
         assert process.poll() is None
         time.sleep(0.02)

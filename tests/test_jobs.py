@@ -13,6 +13,7 @@ from pathlib import Path
 import cloudpickle
 import numpy as np
 import pytest
+from processes import heeding_ctrl_c
 from slide_files import cohort_of, tissue_pixels, write_slide
 
 from pathfm import InputError, SlideIndex, jobs
@@ -190,7 +191,13 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(workers, slides, tm
     csv, folder = cohort_of(slides).write(tmp_path / "cohort.csv"), tmp_path / "index"
     script = SLOW.format(csv=str(csv), folder=str(folder), workers=workers)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=env,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=heeding_ctrl_c,
+    )
     while not list(folder.glob("parts/[!.]*.npz")):
         assert process.poll() is None
         time.sleep(0.01)
