@@ -1,0 +1,374 @@
+"""How fast tiles come from a slide: pathfm beside its peers, beside the decoder's own limit, and over many slides.
+
+    python benchmarks/online_patching.py [--side 30000] [--repeats 5] [--tiles 64] [--parts rates mixing views planning]
+
+Peers are optional, and the table names those that are missing:
+
+    pip install wsistream tiffslide cucim-cu12
+
+rates     One synthetic SVS (JPEG 75, 4:2:0, levels 1-4-16), made once in the cache. All contenders read the same tiles
+          of 256 px, in turn, `repeats` times; medians, CPU time. "grid": corners on whole pixels of what is read, as a
+          TileStream draws them; "any": on any level-0 pixel, where most loops draw. The floor is the CPU time of
+          decoding each compressed tile that the batch touches once, plus one resampling of a tile where it is
+          resampled, and nothing else; "of floor" is the floor's time over a contender's. "differs" is the mean
+          absolute difference from the OpenSlide loop, in grey levels: large where a peer returns another mpp than
+          asked, which "mpp" shows. wsistream and its like return the nearest level.
+          OpenSlide, tiffslide and cuCIM keep the slide open; "reopened" opens it for each tile, as a loop over more
+          slides than it can hold must. "filtered" is pathfm with resample="always".
+mixing    What a batch of 64 looks like: slides in it, the share of its area that is seen more than once, and after how
+          many tiles (seconds at the rate of this run) one first covers more than half of an earlier one at its mpp.
+views     A DataLoader of 2 workers, and DINO's views in this process: where CPU time goes.
+planning  A simulated index of 30,000 slides beside one of 10; see many_slides.py.
+
+A spin probe says how many cores were free: the work that two threads do in a second of wall time over what one does in
+a second of CPU time. Wall times of two threads are to be read beside it. Results go to results/online_patching.csv.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+with contextlib.suppress(ImportError, RuntimeError, ValueError):
+    import cucim  # before all others, and made to load its readers: beside other libraries that never ends
+
+    cucim.CuImage(__file__)
+
+import argparse
+import functools
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import openslide
+import pandas as pd
+import simplejpeg
+import tifffile
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import many_slides  # noqa: E402
+from patch_batches import mixing, views  # noqa: E402
+
+from pathfm import Slide, reading  # noqa: E402
+from pathfm.reading import Job  # noqa: E402
+from pathfm.runs import stamp  # noqa: E402
+from pathfm.storage import atomic, atomic_path, cache_dir  # noqa: E402
+from pathfm.synthetic import embedded  # noqa: E402
+
+PX = 256
+SLIDE_MPP, LEVELS, QUALITY = 0.25, (1, 4, 16), 75
+MPP = (0.25, 0.5, 1.0, 2.0, 0.3, 0.7, 1.5)
+BARS = {0.25: 2.8, 0.5: 7.0, 1.0: 6.0, 2.0: 12.0}  # times an OpenSlide loop, one thread
+
+
+def slide_path(side: int) -> Path:
+    """A slide of side x side pixels, tissue of an embedded slide mirrored over and over; made once."""
+    path = cache_dir() / "benchmarks" / f"tissue-{side}.svs"
+    if path.is_file():
+        return path
+    table = embedded().table
+    source = max((Slide.open(p) for p in table["path"]), key=lambda s: (s.mpp == SLIDE_MPP, s.width_px * s.height_px))
+    piece = min(source.width_px, source.height_px) * 3 // 4 // PX * PX
+    piece = min(piece, side)
+    corner = (source.width_px - piece) // 2, (source.height_px - piece) // 2
+    tissue = source.read(*corner, piece, source.mpp)
+    back_and_forth = np.resize(np.concatenate([np.arange(piece), np.arange(piece)[::-1]]), side)
+
+    def rows(factor: int, top: int) -> np.ndarray:
+        """PX rows of a level, from `top` on; fewer at its end."""
+        own = tissue[back_and_forth[top * factor : (top + PX) * factor]][:, back_and_forth]
+        height, width = min(PX, side // factor - top), side // factor
+        own = own[: height * factor, : width * factor]
+        return own if factor == 1 else cv2.resize(own, (width, height), interpolation=cv2.INTER_AREA)
+
+    def tiles(factor: int):
+        for top in range(0, side // factor, PX):
+            strip = rows(factor, top)
+            strip = np.pad(strip, ((0, PX - len(strip)), (0, -strip.shape[1] % PX), (0, 0)), "edge")
+            for left in range(0, strip.shape[1], PX):
+                yield np.ascontiguousarray(strip[:, left : left + PX])
+
+    options = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": QUALITY}, "metadata": None}
+    with atomic_path(path) as partial, tifffile.TiffWriter(partial) as file:
+        for k, factor in enumerate(LEVELS):
+            n = side // factor
+            about = f"Aperio Image Library\r\n{n}x{n} |AppMag = 40|MPP = {SLIDE_MPP}"
+            shape = {"shape": (n, n, 3), "dtype": np.uint8, "tile": (PX, PX)}
+            file.write(tiles(factor), description=about, maxworkers=1, **shape, **options)
+            if not k:  # readers of SVS take the second page for the thumbnail
+                small = cv2.resize(tissue, (512, 512), interpolation=cv2.INTER_AREA)
+                file.write(small, rowsperstrip=16, description="Aperio Image Library\r\n512x512", **options)
+    return path
+
+
+class Contender(NamedTuple):
+    name: str
+    read: Callable[[list, float], list]  # images of (x, y) in level-0 px at an mpp
+    returned: Callable[[float], float] = lambda mpp: mpp
+
+
+def loop(name: str, downsamples, region: Callable) -> Contender:
+    """What most code does: the best level, a region of it, PIL's bilinear (antialiasing) filter."""
+
+    def read(corners: list, mpp: float) -> list:
+        images = []
+        for x, y in corners:
+            level = max(k for k, down in enumerate(downsamples) if down <= mpp / SLIDE_MPP * 1.01)
+            side = round(PX * mpp / SLIDE_MPP / downsamples[level])
+            image = region(x, y, level, side)
+            if side != PX:
+                image = Image.fromarray(np.asarray(image)).resize((PX, PX), Image.BILINEAR)
+            images.append(np.asarray(image))
+        return images
+
+    return Contender(name, read)
+
+
+def openslide_loops(path: Path) -> list[Contender]:
+    slide = openslide.OpenSlide(path)
+
+    def region(x, y, level, side):
+        return slide.read_region((x, y), level, (side, side)).convert("RGB")
+
+    def reopened(x, y, level, side):
+        with openslide.OpenSlide(path) as own:
+            return own.read_region((x, y), level, (side, side)).convert("RGB")
+
+    downsamples = slide.level_downsamples
+    return [loop("OpenSlide", downsamples, region), loop("OpenSlide, reopened", downsamples, reopened)]
+
+
+def wsistream_one(path: Path) -> Contender:
+    from wsistream import OpenSlideBackend, SlideHandle
+
+    slide = SlideHandle(path, backend=OpenSlideBackend())
+
+    def read(corners: list, mpp: float) -> list:
+        level = slide.best_level_for_mpp(mpp)
+        return [slide.read_region(x, y, PX, PX, level) for x, y in corners]
+
+    downsamples = slide.properties.level_downsamples
+    return Contender("wsistream", read, lambda mpp: SLIDE_MPP * downsamples[slide.best_level_for_mpp(mpp)])
+
+
+def tiffslide_one(path: Path) -> Contender:
+    from tiffslide import TiffSlide
+
+    slide = TiffSlide(path)
+    downsamples = slide.level_downsamples
+    return loop("tiffslide", downsamples, lambda x, y, k, n: slide.read_region((x, y), k, (n, n), as_array=True))
+
+
+def cucim_one(path: Path) -> Contender:
+    from cucim import CuImage
+
+    slide = CuImage(str(path))
+    downsamples = slide.resolutions["level_downsamples"]
+    return loop("cuCIM", downsamples, lambda x, y, k, n: np.asarray(slide.read_region((x, y), (n, n), k)))
+
+
+def pathfm_ones(slide: Slide) -> list[Contender]:
+    def read(corners: list, mpp: float, threads: int = 1, resample: str = "auto") -> list:
+        return reading.read(jobs(slide, corners, mpp, resample), threads)
+
+    return [
+        Contender("pathfm", read),
+        Contender("pathfm, 2 threads", functools.partial(read, threads=2)),
+        Contender("pathfm, filtered", functools.partial(read, resample="always")),
+    ]
+
+
+def jobs(slide: Slide, corners: list, mpp: float, resample: str = "auto") -> list[Job]:
+    return [Job(slide, slide.plan(mpp, resample=resample), x, y, PX, PX) for x, y in corners]
+
+
+def contenders(path: Path, slide: Slide) -> tuple[list[Contender], list[str]]:
+    """Those that are here, and the names of those that are not, with the reason."""
+    found, missing = openslide_loops(path), []
+    for name, make in {"wsistream": wsistream_one, "tiffslide": tiffslide_one, "cuCIM": cucim_one}.items():
+        try:
+            found.append(make(path))
+        except ImportError as error:
+            missing.append(f"{name} is not installed ({error})")
+    return found + pathfm_ones(slide), missing
+
+
+def floor(slide: Slide, wanted: list[Job]) -> tuple[float, float, int]:
+    """CPU seconds of decoding what the batch touches and of resampling, and the number of compressed tiles."""
+    frames = [reading.frame(job) for job in wanted]
+    pieces = reading._pieces(wanted, frames)
+    data = reading._fetch(wanted, pieces)[slide.path]()
+    touched = {(p.level, p.tile): p.scale for own in pieces for p in own}
+    buffer = np.empty(PX * PX * 3, np.uint8)
+    began = time.process_time()
+    for key, scale in touched.items():
+        simplejpeg.decode_jpeg(data[key], "RGB", False, False, PX // scale, PX // scale, 1, buffer)
+    decoded = time.process_time() - began
+    filtered = [framed for framed in frames if framed.resampled]  # off the grid a corner may lie on it by chance
+    if not filtered:
+        return decoded, 0.0, len(touched)
+    side = max(max(framed.rectangle.width, framed.rectangle.height) for framed in filtered)
+    source, out = np.full((side, side, 3), 128, np.uint8), np.empty((PX, PX, 3), np.uint8)
+    began = time.process_time()
+    for framed in filtered:
+        reading.resample(source, *framed.resampled, out)
+    return decoded, time.process_time() - began, len(touched)
+
+
+def free_cores(seconds: float = 0.25) -> float:
+    """Work of one thread per core in `seconds` of wall time over work of one thread per second of CPU time."""
+    data = bytes(1 << 16)
+
+    def spin(done: list) -> None:
+        began, rounds = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            hashlib.sha256(data)  # without the interpreter's lock
+            rounds += 1
+        done.append(rounds)
+
+    began, alone, together = time.thread_time(), [], []
+    spin(alone)
+    per_second = alone[0] / (time.thread_time() - began)
+    threads = [threading.Thread(target=spin, args=(together,)) for _ in range(os.cpu_count() or 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(together) / seconds / per_second
+
+
+def corners_of(slide: Slide, mpp: float, positions: str, n: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    grid = slide.plan(mpp).grid if positions == "grid" else 1
+    room = (min(slide.width_px, slide.height_px) - int(PX * mpp / SLIDE_MPP) - 1) // grid
+    return [tuple(corner) for corner in (rng.integers(0, room, (n, 2)) * grid).tolist()]
+
+
+def repeat(slide: Slide, them: list[Contender], mpp: float, positions: str, n: int, seed: int) -> list[dict]:
+    """One repeat: the floor and every contender on the same n tiles; ms per tile."""
+    corners = corners_of(slide, mpp, positions, n, np.random.default_rng(seed))
+    decode, resample, touched = floor(slide, jobs(slide, corners, mpp))
+    both = {"floor": (decode + resample) / n * 1e3, "decode": decode / n * 1e3, "touched": touched / n}
+    both["cores"] = free_cores()
+    rows, reference = [], None
+    turn = seed % len(them)
+    for one in them[turn:] + them[:turn]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        images = one.read(corners, mpp)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        sample = [np.asarray(image, np.int16) for image in images[:8]]
+        rows.append({"contender": one.name, "cpu": cpu / n * 1e3, "wall": wall / n * 1e3, "sample": sample, **both})
+        rows[-1]["mpp"] = one.returned(mpp)
+        reference = sample if one.name == "OpenSlide" else reference
+        del images
+    for row in rows:
+        row["differs"] = float(
+            np.mean([np.abs(a - b).mean() for a, b in zip(row.pop("sample"), reference, strict=True)])
+        )
+    against = next(row["cpu"] for row in rows if row["contender"] == "OpenSlide")
+    alone = next(row["wall"] for row in rows if row["contender"] == "pathfm")
+    for row in rows:
+        row |= {"of_openslide": against / row["cpu"], "of_floor": row["floor"] / row["cpu"]}
+        row |= {"wall_speedup": alone / row["wall"]}
+    return rows
+
+
+def rates(side: int, repeats: int, n: int) -> tuple[pd.DataFrame, list[str]]:
+    path = slide_path(side)
+    found = []
+    with Slide.open(path) as slide:
+        them, missing = contenders(path, slide)
+        for positions in ("grid", "any"):
+            for asked in MPP:
+                if positions == "any" and slide.plan(asked).grid == 1:
+                    continue  # the same positions
+                repeat(slide, them, asked, positions, 2, 0)  # compiles, and opens what is opened late
+                for seed in range(repeats):
+                    rows = repeat(slide, them, asked, positions, n, seed)
+                    found += [{"positions": positions, "asked": asked, **row} for row in rows]
+    table = pd.DataFrame(found)
+    order = ["positions", "asked", "contender"]
+    return table.groupby(order, sort=False).median().reset_index().sort_values(order[:2], kind="stable"), missing
+
+
+def shown(table: pd.DataFrame) -> str:
+    told = table.assign(rate=1e3 / table["cpu"])
+    told = told[["positions", "asked", "mpp", "contender", "rate", "cpu", "of_openslide", "of_floor", "differs"]]
+    named = {"cpu": "CPU ms/tile", "rate": "tiles/CPU s", "of_openslide": "x OpenSlide", "of_floor": "of floor"}
+    digits = {"rate": 0, "cpu": 2, "of_openslide": 2, "of_floor": 2, "differs": 1}
+    return told.round(digits).rename(columns=named).to_string(index=False)
+
+
+def verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """The bars that were set beforehand, and what was found."""
+    own, two = (table[table["contender"] == name] for name in ("pathfm", "pathfm, 2 threads"))
+    found = []
+    for row, other in zip(own.itertuples(), two.itertuples(), strict=True):
+        common = {"positions": row.positions, "mpp": row.asked}
+        if row.asked in BARS:
+            found.append({**common, "what": "times OpenSlide", "bar": BARS[row.asked], "found": row.of_openslide})
+        found.append({**common, "what": "of the floor", "bar": 0.85, "found": row.of_floor})
+        found.append({**common, "what": "2 threads, wall", "bar": 1.8, "found": other.wall_speedup, "cores": row.cores})
+    found = pd.DataFrame(found)
+    found["holds"] = np.where(found["found"] >= found["bar"], "yes", "no")
+    found.loc[(found["holds"] == "no") & (found["cores"] < 1.9), "holds"] = "not told: too few free cores"
+    return found.round({"found": 2, "cores": 2})
+
+
+def tidy(part: str, table: pd.DataFrame, cases: list[str]) -> pd.DataFrame:
+    """One row a number: part, case, quantity, value."""
+    case = table[cases].astype(str).agg(", ".join, axis=1)
+    numbers = table.drop(columns=cases).select_dtypes("number").assign(part=part, case=case)
+    return numbers.melt(["part", "case"], var_name="quantity", value_name="value").dropna()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=30_000, help="of the synthetic slide, px; at least 8,192")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiles", type=int, default=64, help="in a batch")
+    parser.add_argument("--parts", nargs="+", default=["rates", "mixing", "views", "planning"])
+    parser.add_argument("--slides", type=int, default=30_000, help="of the simulated index")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "online_patching.csv")
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    about, found = stamp(), []
+    print(f"{about['device']}, commit {about['commit']}, {about['date']}")
+    print(f"load {os.getloadavg()[0]:.1f}; {free_cores():.2f} cores free before")
+    if "rates" in options.parts:
+        table, missing = rates(options.side, options.repeats, options.tiles)
+        print(f"\nrates, {options.side} px, median of {options.repeats} repeats of {options.tiles} tiles")
+        print("\n".join([*missing, shown(table)]))
+        print(
+            f"\nthe floor\n{floors(table).to_string(index=False)}\n\nthe bars\n{verdicts(table).to_string(index=False)}"
+        )
+        found.append(tidy("rates", table, ["positions", "asked", "contender"]))
+    parts = {"mixing": mixing, "views": views, "planning": lambda: many_slides.compare(options.slides)}
+    for name, measure in parts.items():
+        if name in options.parts:
+            table = measure()
+            print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
+            found.append(tidy(name, table, [table.columns[0]]))
+    print(f"\nload {os.getloadavg()[0]:.1f}; {free_cores():.2f} cores free after")
+    with atomic(options.out) as file:
+        pd.concat(found).assign(**about).to_csv(file, index=False, float_format="%.5g")
+
+
+def floors(table: pd.DataFrame) -> pd.DataFrame:
+    own = table[table["contender"] == "pathfm"]
+    told = own[["positions", "asked", "floor", "decode", "touched", "cores"]].round(3)
+    return told.rename(
+        columns={"floor": "floor ms/tile", "decode": "of it decoding", "touched": "compressed tiles/tile"}
+    )
+
+
+if __name__ == "__main__":
+    main()
