@@ -6,7 +6,7 @@ import os
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from pathfm.resample import extent, resample
 from pathfm.source import arriving
 from pathfm.tilemap import Wanted, cover
 
-FETCHERS = 4  # batches whose bytes are on their way at a time, from slides that lie elsewhere
+FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
 SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
 WHITE = 255  # what is beyond the slide, and where it has no compressed tile
 
@@ -79,14 +79,38 @@ class Piece(NamedTuple):
     y: int
 
 
+class Begun(NamedTuple):
+    """Jobs whose bytes are on their way."""
+
+    jobs: Sequence[Job]
+    frames: list[Frame]
+    pieces: list[list[Piece]]
+    fetched: dict[str, Callable[[], dict]]  # see `_fetch`
+
+    @property
+    def bytes(self) -> int:
+        """Of compressed tiles, those that several jobs need counted for each."""
+        return sum(piece.length for own in self.pieces for piece in own)
+
+
 def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
     """The pixels of each job, (height, width, 3) uint8 on white. Threads change the speed and no pixel.
 
     Raises InputError, which names the slide, where it is damaged or has changed.
     """
+    return finish(begin(jobs), threads)
+
+
+def begin(jobs: Sequence[Job]) -> Begun:
+    """Ask for the bytes of jobs, and wait for none that lie elsewhere; `finish` gives the pixels."""
     frames = [frame(job) for job in jobs]
     pieces = _pieces(jobs, frames)
-    fetched = _fetch(jobs, pieces)
+    return Begun(jobs, frames, pieces, _fetch(jobs, pieces))
+
+
+def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
+    """What `read` returns, of jobs that were begun."""
+    jobs, frames, pieces, fetched = begun
     shared = _decoded_ahead(jobs, pieces, fetched, threads)
 
     def paint(k: int) -> np.ndarray:
@@ -123,19 +147,20 @@ def _fetch(jobs: Sequence[Job], pieces: Sequence[list[Piece]]) -> dict[str, Call
             slides[job.slide.path] = job.slide
             wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
     parts = {path: Future() for path in slides}
-    if any(stores.is_address(path) for path in slides):
-        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, slides, wanted, parts)
+    paths = list(slides)
+    arrivals = arriving([(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths])
+    if any(stores.is_address(path) for path in paths):
+        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals, slides, wanted, parts)
     else:
-        _bring(slides, wanted, parts)
+        _bring(arrivals, slides, wanted, parts)
     return {path: future.result for path, future in parts.items()}
 
 
-def _bring(slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
+def _bring(arrivals: Iterator, slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
     """Fill in the bytes of each slide, or why they cannot be had."""
     paths = list(slides)
     try:
-        requests = [(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths]
-        for number, data in arriving(requests):
+        for number, data in arrivals:
             path = paths[number]
             found = dict(zip(wanted[path], data, strict=True))
             if len(slides[path].tiles.checks):
