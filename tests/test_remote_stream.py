@@ -6,17 +6,20 @@ import pickle
 import shutil
 import threading
 
+import boto3
 import numpy as np
 import pytest
-from servers import Faulty, nginx
-from slide_files import cohort_of
+from servers import Faulty, nginx, s3_server
+from slide_files import cohort_of, tissue_pixels, write_slide
 from test_stream import digest
 from torch.utils.data import DataLoader
 
-from pathfm import InputError, SlideIndex, TileStream
+from pathfm import InputError, SlideIndex, TileStream, stores
 from pathfm.filters import HsvFilter
 from pathfm.grids import Grid
 from pathfm.source import IN_FLIGHT, traffic
+from pathfm.storage import BLOCK
+from pathfm.tilemap import tiles_of
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,75 @@ def test_an_error_is_of_the_batch_that_has_the_tile_and_passes_when_it_does(watc
             stream[i]
     server.objects[f"/{gone}.svs"] = data
     assert [stream[i].slide_id for i in range(40)] == whole
+
+
+def asked(server, size: int) -> np.ndarray:
+    """How often each byte of the only file was asked for since the log was cleared, but for whole blocks of 64 KiB."""
+    found = np.zeros(size, int)
+    for _, wanted, _ in server.log:
+        start, stop = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
+        if start % BLOCK or (stop + 1 - start) % BLOCK:
+            found[start : stop + 1] += 1
+    return found
+
+
+def test_a_cold_start_reads_headers_directories_and_no_level_finer_than_the_mask_needs(tmp_path):
+    """Masks are made at 8 um and judge focus at 2 um; of level 0 two tiles show that it can be read, and to its end."""
+    path = write_slide(tmp_path / "slide.tif", tissue_pixels(2048, 2048), 0.5, (1, 4, 16))
+    size = path.stat().st_size
+    with Faulty({"/slide.tif": path.read_bytes()}) as server:
+        index = SlideIndex.build(cohort_of({"a": f"{server.address}/slide.tif"}), tmp_path / "index", workers=0)
+        levels = index.slide("a").level_downsamples
+        places = [np.array(index.tiles.find(k, range(tiles_of(index.tiles.levels[k])))).T for k in range(3)]
+        assert levels == (1, 4, 16) and [len(tiles) for tiles in places] == [1024, 64, 4]
+        fetched = asked(server, size)
+        whole = [[fetched[at : at + length].all() for at, length in tiles] for tiles in places]
+        assert np.flatnonzero(whole[0]).tolist() == [0, 1023]
+        assert all(whole[2]) and 32 <= sum(whole[1]) <= 64
+        for tiles in places:
+            for at, length in tiles:
+                fetched[at : at + length] = 0
+        assert fetched.sum() <= 16 * 1092  # and else the directories' arrays: at most two numbers of 8 bytes a tile
+        headers = [wanted for _, wanted, _ in server.log if int(wanted[6:].split("-")[0]) % BLOCK == 0]
+        assert len(headers) <= 2 + 1 + 3  # its size, twice; the header, and a directory a level
+        server.log.clear()
+        tile = TileStream(index, 128, 0.5)[0]
+        columns, rows = (range(at // 64, (at + 127) // 64 + 1) for at in (tile.x, tile.y))
+        needed = np.zeros(size, bool)
+        for at, length in places[0][[32 * row + column for row in rows for column in columns]]:
+            needed[at : at + length] = True
+        first = asked(server, size)
+        assert first[needed].all() and first.sum() <= 1.3 * needed.sum()
+
+
+def test_tiles_from_a_bucket_are_those_from_a_disk(cohort, tmp_path, monkeypatch):
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    rows = list(cohort)[:2]
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        client = boto3.client("s3", endpoint_url=address, region_name="us-east-1")
+        client.create_bucket(Bucket="slides")
+        for row in rows:
+            client.upload_file(row.path, "slides", f"some/{row.slide_id}.svs")
+        paths = [
+            {row.slide_id: row.path for row in rows},
+            {r.slide_id: f"s3://slides/some/{r.slide_id}.svs" for r in rows},
+        ]
+        indexes = [SlideIndex.build(cohort_of(one), tmp_path / str(k), workers=0) for k, one in enumerate(paths)]
+        near, distant = (TileStream(index, 48, (0.5, 0.7)) for index in indexes)
+        for k in range(0, 30, 6):
+            assert digest(distant.__getitems__(range(k, k + 6))) == digest(near.__getitems__(range(k, k + 6)))
+
+
+def test_a_server_at_fault_a_third_of_the_time_gives_the_same_tiles(watched, monkeypatch):
+    """Through the index, the prefetch and the stream; each fault is waited out."""
+    server, stream = watched
+    monkeypatch.setattr(stores, "sleep", lambda _: None)
+    wanted = [digest(stream.__getitems__(range(k, k + 8))) for k in range(0, 80, 8)]
+    rng, before = np.random.default_rng(0), traffic()
+    faults = ["503", "429", "500", "reset", "cut", "short", "range", "bare"]
+    server.faults.extend(rng.choice(faults) if rng.random() < 1 / 3 else None for _ in range(150))
+    again = pickle.loads(pickle.dumps(stream))  # which has begun nothing
+    assert [digest(again.__getitems__(range(k, k + 8))) for k in range(0, 80, 8)] == wanted
+    assert traffic().since(before).retries > 20 and not server.faults
