@@ -72,7 +72,8 @@ class SlideIndex:
                    the slides under the same paths and have the same pathfm; `folder` is written here alone
         checksums  store a CRC-32 of every compressed tile, 4 bytes each, against which every read is held: any
                    changed byte is then an error. All files are read once. Without, damage is found where the file
-                   or the decoder can show it, and a flipped bit may pass as another picture
+                   or the decoder can show it in the rows that a read needs, and a flipped bit may pass as
+                   another picture
 
         A slide that cannot be read is quarantined with its reason, and so is one that ends the process reading it.
         Raises InputError where that is every one, `folder` cannot be written, or the scheduler is not to be had.
