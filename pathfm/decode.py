@@ -25,6 +25,7 @@ _JFIF = b"\xff\xe0"
 _SAY_COLOUR = (_JFIF, b"\xff\xee")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame, all processes
 _BASELINE = b"\xff\xc0\x00\x11\x08"  # start of a baseline frame of three components, before its height and width
+_SCAN = b"\xff\xda"  # start of the pixels
 _RESTARTS = b"\xff\xdd\x00\x04"  # markers among the pixels: what a decoder says of bytes left over is then ambiguous
 _LEFT_OVER = "extraneous bytes before marker 0xd9"  # the end of the stream: all that a decoder finds fault with
 
@@ -130,7 +131,8 @@ def _decode_upper(data: bytes, how: Recipe, scale: int, buffer: np.ndarray, rows
     left over, and of nothing before: libjpeg tells the first of its complaints. Any other means damage.
     """
     frame = data.find(_BASELINE + how.height.to_bytes(2, "big") + how.width.to_bytes(2, "big"))
-    if not 0 < frame <= len(data) - 19 or _RESTARTS in data:
+    scan = data.find(_SCAN, frame)
+    if not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
         return False
     blocks = max(sampling & 15 for sampling in data[frame + 11 : frame + 19 : 3])  # on top of each other, in a unit
     if blocks not in (1, 2, 4):

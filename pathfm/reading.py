@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from operator import itemgetter
@@ -80,7 +80,7 @@ def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
     Raises InputError, which names the slide, where it is damaged or has changed.
     """
     batch = planned(jobs)
-    data = fetched(batch)
+    data = fetched(batch, threads)
     shared = _decoded_ahead(batch, data, threads)
 
     def paint(k: int) -> np.ndarray:
@@ -105,28 +105,27 @@ def planned(jobs: Sequence[Job]) -> Batch:
     return batch
 
 
-def fetched(batch: Batch) -> dict[str, Callable[[], dict[tuple[int, int], bytes]]]:
+def fetched(batch: Batch, threads: int = 1) -> dict[str, Callable[[], dict[tuple[int, int], bytes]]]:
     """For each slide by its path: a call that gives the bytes of its compressed tiles, by (level, tile).
 
-    All ranges of all slides are asked for at once. From a disk they are here when this returns; those from elsewhere
-    arrive while others are decoded.
+    All ranges of all slides are asked for at once. From a disk they are here when this returns, each thread having
+    read from some of the slides; those from elsewhere arrive while others are decoded.
     """
     slides, wanted = {}, {}
     for job, own in zip(batch.jobs, batch.pieces, strict=True):
         if own:
             slides[job.slide.path] = job.slide
             wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
-    parts = {path: Future() for path in slides}
+    parts, paths = {path: Future() for path in slides}, list(slides)
     if any(stores.is_address(path) for path in slides):
-        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, slides, wanted, parts)
+        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, paths, slides, wanted, parts)
     else:
-        _bring(slides, wanted, parts)
+        _each(lambda k: _bring(paths[k::threads], slides, wanted, parts), range(min(threads, len(paths))), threads)
     return {path: future.result for path, future in parts.items()}
 
 
-def _bring(slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
-    """Fill in the bytes of each slide, or why they cannot be had."""
-    paths = list(slides)
+def _bring(paths: list[str], slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
+    """Fill in the bytes of these slides, or why they cannot be had."""
     try:
         requests = [(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths]
         for number, data in arriving(requests):
@@ -136,9 +135,9 @@ def _bring(slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> N
                 _check(slides[path], found)
             parts[path].set_result(found)
     except Exception as error:
-        for future in parts.values():
-            if not future.done():
-                future.set_exception(error)
+        for path in paths:
+            if not parts[path].done():
+                parts[path].set_exception(error)
 
 
 def _check(slide, parts: dict[tuple[int, int], bytes]) -> None:
@@ -277,12 +276,15 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
-def _each(function: Callable[[int], np.ndarray], numbers: Iterable[int], threads: int) -> list[np.ndarray]:
-    """function of each number, in order; threads take turns at runs of numbers, so that they seldom meet."""
-    numbers = list(numbers)
+def _each(function: Callable[[int], Any], numbers: range, threads: int) -> list:
+    """function of each number, in order.
+
+    Threads take turns at runs of numbers: long enough that they seldom meet, so short that none waits long for
+    the last.
+    """
     if threads <= 1 or len(numbers) <= 1:
         return [function(k) for k in numbers]
-    run = max(1, len(numbers) // (4 * threads))
+    run = max(1, len(numbers) // (8 * threads))
     runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
     found = _pool(os.getpid(), "decode", threads).map(lambda members: [function(k) for k in members], runs)
     return [result for results in found for result in results]
