@@ -112,7 +112,8 @@ def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None, rows:
     width, height = how.width // scale, how.height // scale
     if buffer is None:
         buffer = np.empty(height * width * 3, np.uint8)
-    if rows < height and _decode_upper(data, how, scale, buffer, rows):
+    lower, reach = shortened(data, how, scale, rows)
+    if reach < how.height and _decodes(lower, reach // scale, width, buffer):
         return buffer[: rows * width * 3].reshape(rows, width, 3)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, 1, buffer)
@@ -124,26 +125,35 @@ def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None, rows:
     return pixels[:rows]
 
 
-def _decode_upper(data: bytes, how: Recipe, scale: int, buffer: np.ndarray, rows: int) -> bool:
-    """Fill `buffer` with at least `rows` decoded rows of a JPEG; False where it takes the whole of it.
+def shortened(data: bytes, how: Recipe, scale: int, rows: int) -> tuple[bytes, int]:
+    """(a JPEG stream that says it is lower, that height): decoded at 1/scale its upper `rows` rows are the same.
 
-    A stream whose frame is said to be lower is decoded until there. Then the decoder complains of the bytes
-    left over, and of nothing before: libjpeg tells the first of its complaints. Any other means damage.
+    The stream itself and how.height where all of it is needed, or where it restarts or is not baseline, so that
+    what the decoder says at its end would tell nothing.
     """
+    as_it_is = data, how.height
     frame = data.find(_BASELINE + how.height.to_bytes(2, "big") + how.width.to_bytes(2, "big"))
     scan = data.find(_SCAN, frame)
-    if not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
-        return False
+    if rows * scale >= how.height or not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
+        return as_it_is
     blocks = max(sampling & 15 for sampling in data[frame + 11 : frame + 19 : 3])  # on top of each other, in a unit
     if blocks not in (1, 2, 4):
-        return False
+        return as_it_is
     below = blocks > 1  # the smooth chroma of a row looks at the next one
     reach = -(-(rows + below) * scale // (8 * blocks)) * 8 * blocks
     if reach >= how.height:
-        return False
-    lower = data[: frame + 5] + reach.to_bytes(2, "big") + data[frame + 7 :]
+        return as_it_is
+    return data[: frame + 5] + reach.to_bytes(2, "big") + data[frame + 7 :], reach
+
+
+def _decodes(lower: bytes, height: int, width: int, buffer: np.ndarray) -> bool:
+    """Fill `buffer` from a shortened stream; whether that can be trusted.
+
+    The decoder complains of the bytes left over, and must have complained of nothing before: libjpeg tells the first
+    of its complaints.
+    """
     try:
-        simplejpeg.decode_jpeg(lower, "RGB", False, False, reach // scale, how.width // scale, 1, buffer)
+        simplejpeg.decode_jpeg(lower, "RGB", False, False, height, width, 1, buffer)
     except ValueError as error:
         return str(error).endswith(_LEFT_OVER)
     return False
