@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -163,7 +164,7 @@ class SlideIndex:
         return _OPEN.get((row.path, row.mpp, row.tag), lambda: self._slide(row))
 
     def _slide(self, row) -> Slide:
-        downsamples, scales = row.levels.split(), [int(scale) for scale in row.scales.split()]
+        downsamples, scales = _numbers(row.levels, float), _numbers(row.scales, int)
         tiles = self.tiles if row.reader == "ranges" else None
         first = row.first_level if tiles is not None else 0
         size = row.width_px, row.height_px, row.mpp
@@ -203,6 +204,11 @@ class SlideIndex:
         if row.status != "ok":
             raise InputError(f"slide '{slide_id}' is quarantined: {row.reason}")
         return row
+
+
+@lru_cache(maxsize=1024)
+def _numbers(text: str, kind: type) -> tuple:
+    return tuple(map(kind, text.split()))
 
 
 def _columns(rows: list[dict]) -> list[str]:
