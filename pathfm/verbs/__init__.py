@@ -17,5 +17,6 @@ VERBS = {
     "embed": probing.Embed,
     "probe": probing.Probe,
     "tasks": probing.Tasks,
+    "leaderboard": probing.Leaderboard,
     "instrument": study.Instrument,
 }

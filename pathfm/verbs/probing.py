@@ -67,3 +67,22 @@ class Tasks:
         from pathfm import tasks
 
         print(tasks.about(self.name) if self.name else tasks.table(self.kind or None).to_string(index=False))
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """print recorded scores beside published ones, a table a protocol; with --out also as CSV, LaTeX and figures"""
+
+    protocol: str = setting("", "such as eva-2026 or logistic; every one, each in its own table, when empty")
+    out: str = setting("", "folder for rows.csv and <protocol>.csv, .tex, .svg, .png; nothing is written when empty")
+
+    def __call__(self) -> None:
+        from pathfm import figures, leaderboard
+
+        for name, scored in leaderboard.rows(self.protocol or None).groupby("protocol", sort=False):
+            board = leaderboard.wide(scored)
+            print(f"protocol {name}\n{board.round(3).to_string(index=False, na_rep='-')}\n")
+        if self.out:
+            figures.use_style()
+            for path in leaderboard.write(self.out, self.protocol or None):
+                print(path)
