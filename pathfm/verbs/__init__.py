@@ -16,6 +16,7 @@ VERBS = {
     "tiles": slides.Tiles,
     "embed": probing.Embed,
     "probe": probing.Probe,
+    "evaluate": probing.Evaluate,
     "tasks": probing.Tasks,
     "leaderboard": probing.Leaderboard,
     "instrument": study.Instrument,

@@ -57,6 +57,42 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """give any backbone its row: a public task, a folder a class or a CSV; floors beside it; --record keeps the row"""
+
+    backbone: str
+    data: str
+    task: str = setting("folder", "one of `pathfm tasks`, as it unpacks in data; folder is any set of labelled tiles")
+    protocol: str = setting("logistic", "logistic or knn; PathoROB's sets have their own")
+    split: str = setting("clean", "clean, or official: many official ones stop and report on the same images")
+    pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
+    images: str = setting("", "folder of PathoROB's images, where data has its metadata")
+    name: str = setting("", "of the backbone on the leaderboard; its own when empty")
+    pretrained_on: str = setting("not stated", "such as TCGA or TCGA+GTEx: who has seen which patients")
+    mean: float = setting(-1.0, "of the input's normalisation; the backbone's own when below 0")
+    std: float = setting(-1.0, "likewise")
+    input_px: int = setting(0, "side of the input in pixels; the backbone's own when 0")
+    allow_partial: bool = setting(False, "score a partial download, and call it partial")
+    record: bool = setting(False, "write the row to results/probes.csv, for `pathfm leaderboard`")
+
+    def __call__(self) -> None:
+        from pathfm import evaluation, leaderboard
+
+        own = {"pool": self.pool, "pretrained_on": self.pretrained_on, "name": self.name, "input_px": self.input_px}
+        own |= {key: None if value < 0 else value for key, value in (("mean", self.mean), ("std", self.std))}
+        if self.images:
+            row = evaluation.robustness(self.backbone, self.task, self.data, self.images, **own)
+            print(f"{row['model']}: robustness index {row['score']:.3f} on {row['task']} ({row['note']})")
+        else:
+            how = {"allow_partial": True} if self.allow_partial else {}
+            tiles = evaluation.labelled(self.data, self.task, self.split, **how)
+            row, table = evaluation.evaluate(self.backbone, tiles, protocol=self.protocol, **own)
+            print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
+        if self.record:
+            print(leaderboard.record([row]))
+
+
+@dataclass(frozen=True)
 class Tasks:
     """print the table of public tasks, or all that is known of one: files, splits, licence, overlaps, unknowns"""
 
