@@ -31,7 +31,7 @@ KINDS, TISSUE, BATCH, BATCHES = 2000, 0.1, 64, 200
 
 def make(folder: Path, slides: int) -> None:
     """Write an index of simulated slides."""
-    from pathfm import index, tilemap
+    from pathfm import scan, tilemap
     from pathfm.decode import CODECS
     from pathfm.storage import write_json
 
@@ -56,7 +56,7 @@ def make(folder: Path, slides: int) -> None:
         np.save(folder / f"{name}.npy", array)
     np.save(folder / "masks.npy", words)
     rows(slides, kinds, per_slide, rng).to_csv(folder / "slides.csv", index=False)
-    write_json(folder / "index.json", {"version": index.VERSION, "cohort": "simulated", "slides": slides})
+    write_json(folder / "index.json", {"version": scan.VERSION, "cohort": "simulated", "slides": slides})
 
 
 def masks(kinds: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:

@@ -196,12 +196,12 @@ def _paint(job: Job, framed: Frame, pieces: list[Piece], fetched, shared: dict) 
     """One job's pixels."""
     slide, (rectangle, resampled) = job.slide, framed
     if slide.tiles is None:
-        canvas, shift = slide.openslide_window(rectangle)
+        canvas, shift = slide.peer.window(rectangle)
         if resampled is None:
             return canvas
         left, top, step = resampled
         return resample(canvas, left + shift[0], top + shift[1], step, _image(job.height, job.width))
-    scratch = _scratch()
+    scratch = _SCRATCH
     if resampled is None:
         canvas = _image(rectangle.height, rectangle.width)
     else:
@@ -291,10 +291,6 @@ class _Scratch(threading.local):
 
 
 _SCRATCH = _Scratch()
-
-
-def _scratch() -> _Scratch:
-    return _SCRATCH
 
 
 def _each(function: Callable[[int], np.ndarray], numbers: Iterable[int], threads: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
+from test_slide import cubic
 
 from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading
 from pathfm.reading import Job, ReadPlan
@@ -22,14 +23,6 @@ def fine(cohort) -> Slide:
     return next(slide for slide in map(Slide.open, cohort.table["path"]) if slide.mpp == 0.25)
 
 
-def keys(length: int, start: float, step: float, number: int) -> np.ndarray:
-    """(number, length) weights of Keys' cubic, a = -0.5, stretched by step."""
-    centres = start + (np.arange(number) + 0.5) * step
-    t = np.abs((np.arange(length) + 0.5 - centres[:, None]) / max(step, 1.0))
-    weights = np.where(t < 1, (1.5 * t - 2.5) * t * t + 1, np.where(t < 2, ((-0.5 * t + 2.5) * t - 4) * t + 2, 0))
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
 def whole_level(slide: Slide, level: int) -> np.ndarray:
     down = slide.level_downsamples[level]
     width, height = (int(n // down) for n in (slide.width_px, slide.height_px))
@@ -41,9 +34,8 @@ def reference(slide: Slide, plan: ReadPlan, x: float, y: float, side: int) -> np
     level = whole_level(slide, plan.level)
     level = shrink(level, plan.scale) if plan.scale > 1 else level.astype(float)
     step = plan.mpp / slide.mpp / plan.downsample
-    rows = keys(level.shape[0], y / plan.downsample, step, side)
-    columns = keys(level.shape[1], x / plan.downsample, step, side)
-    return np.clip(np.einsum("ia,abc,jb->ijc", rows, level, columns, optimize=True), 0, 255)
+    rows = cubic(level, y / plan.downsample, step, side)
+    return np.clip(cubic(rows.swapaxes(0, 1), x / plan.downsample, step, side).swapaxes(0, 1), 0, 255)
 
 
 def decibels(image: np.ndarray, expected: np.ndarray) -> float:
