@@ -90,13 +90,6 @@ class Task:
             return "slide"
         return "varies" if self.tile_px is None else "x".join(map(str, self.tile_px))
 
-    @property
-    def size(self) -> str:
-        """Width x height of an image in pixels, "varies", or "slide"."""
-        if self.kind == "slides":
-            return "slide"
-        return "varies" if self.tile_px is None else "x".join(map(str, self.tile_px))
-
     def has(self, split: str) -> bool:
         """Whether the official data name such a split, or nothing is known of its splits."""
         named = {one for one, _ in self.counts if one is not None}
