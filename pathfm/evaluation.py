@@ -15,7 +15,9 @@ from pathfm.features import Features, extract
 from pathfm.scores import Prediction
 from pathfm.tasks import pathorob
 
-PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {"logistic": probe.linear, "knn": probe.knn}  # ours
+# By the name that their predictions bear; both ask for tiles to test on.
+PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {"linear": probe.linear, "kNN": probe.knn}
+ON_TEST = ("linear", "kNN")
 ROBUSTNESS = "pathorob-2025"
 READ_BY = {"segmentation": "pathfm.tasks.read gives masks to a decoder", "slides": "pathfm.tasks.read gives slides"}
 
@@ -37,8 +39,6 @@ def labelled(data: str | Path, task: str = "folder", split: str = "clean", seed:
     if about.kind != "tiles":
         raise InputError(f"{task} is no task of labelled tiles: {READ_BY.get(about.kind, 'it has its own measure')}")
     tiles = tasks.read(task, data, split, **how)
-    if "role" in tiles.table and "test" not in set(tiles.table["role"]):
-        raise InputError(f"the official split of {task} stops and reports on the same images; take split 'clean'")
     if "role" in tiles.table:
         return tiles
     return tiles.split("tile" if tiles.patients is None else "patient", seed=seed)
@@ -48,17 +48,17 @@ def evaluate(
     backbone: str | Path,
     tiles: TileSet,
     task: str = "",
-    protocol: str = "logistic",
+    protocol: str = "linear",
     pool: str = "cls",
     pretrained_on: str = "not stated",
     name: str = "",
     **how,
 ) -> Evaluated:
-    """The row of a backbone on tiles with roles probe-train, validate and test.
+    """The row of a backbone on tiles with roles.
 
     backbone       as `backbones.load` takes it; `how` is passed on to it
     task           under which it stands on the leaderboard; the tiles' name where empty
-    protocol       of PROTOCOLS
+    protocol       of PROTOCOLS; those of ON_TEST choose on validate and answer on test
     pool           "cls", "mean" or "both"
     pretrained_on  sources joined by +, such as "TCGA+GTEx", for the column of who has seen what
     name           on the leaderboard; the backbone's own where empty
@@ -67,6 +67,8 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol '{protocol}'.{nearest(protocol, PROTOCOLS)}")
+    if protocol in ON_TEST and "test" not in set(tiles.table["role"]):
+        raise InputError(f"{tiles.name} stops and reports on the same images; take split 'clean', or a protocol of eva")
     model, preprocess = backbones.load(backbone, **how)
     if backbones.only_cls(model) and pool != "cls":
         raise InputError(f"{backbone} gives one vector an image and no patch tokens; take pool='cls'")
@@ -75,8 +77,9 @@ def evaluate(
     answers = fit(features)
     twin = None if backbones.only_cls(model) else model
     floors = probe.floor_predictions(tiles, twin, preprocess, fit)
-    row = leaderboard.row_of([answers], name, pretrained_on, task or tiles.name, "test", floors)
-    table = confounding.beside(scores.scores([answers, *floors]), [features])
+    row = leaderboard.row_of([answers], name, pretrained_on, task or tiles.name, floors)
+    role = answers.settings.get("reported on", "test")
+    table = confounding.beside(scores.scores([answers, *floors]), [features], role)
     return Evaluated(row | {"note": f"{row['note']}; pool {pool}"}, table)
 
 

@@ -32,7 +32,7 @@ STAMP = ["commit", "date", "device", "generator"]
 NO_TISSUE = {"none", "ImageNet", "natural images", "synthetic"}  # pretrained on these: no patient was seen
 SWEEPS = {"answers": "tiles (synthetic)", "real": "real tiles"}  # what the files of sweeps.ANSWERS were tested on
 FLOORS = {"random weights": "random weights", "colour": "colour mean and spread", "colour + LBP": "colour + LBP"}
-BY_PROBE = {"linear": "logistic", "kNN": "knn"}  # our protocols, by the probe that a Prediction names
+PART = {"validate": "val", "test": "test"}  # of the role that a probe says it is reported on
 
 
 def published() -> pd.DataFrame:
@@ -91,31 +91,31 @@ def seen(pretrained_on: str, task: str) -> str:
 
 
 def row_of(
-    predictions: Sequence[Prediction],
-    model: str,
-    pretrained_on: str,
-    task: str,
-    part: str,
-    floors: Sequence[Prediction] = (),
+    predictions: Sequence[Prediction], model: str, pretrained_on: str, task: str, floors: Sequence[Prediction] = ()
 ) -> dict:
     """A recorded row: the score of one model on one task with interval, sizes, gain over the best floor, and verdict.
 
-    predictions  of one probe, a pretraining seed each;  part  the role that was tested: val or test
+    predictions  of one probe, whose name is the protocol, a pretraining seed each
+
+    The spread is the standard deviation over seeds, or of one prediction over the fits whose `scores` its settings
+    hold; runs is how many there were.
     """
     table = scores.scores([*predictions, *floors])
-    one = table.iloc[0]
+    one, first = table.iloc[0], predictions[0]
     best = table[table["floor"]].sort_values("balanced_accuracy").tail(1)["features"]
+    each = [run.balanced_accuracy for run in predictions]
+    each = first.settings.get("scores", each) if len(each) == 1 else each
     return {
         "model": model,
         "pretrained_on": pretrained_on,
         "task": task,
-        "part": part,
+        "part": PART[first.settings.get("reported on", "test")],
         "metric": "balanced accuracy",
         "score": one["balanced_accuracy"],
         **one[["low", "high", "n_tiles", "n_patients", "gain", "gain_low", "gain_high", "verdict"]],
-        "runs": len(predictions),
-        "spread": np.std([p.balanced_accuracy for p in predictions], ddof=1) if len(predictions) > 1 else np.nan,
-        "protocol": BY_PROBE.get(one["probe"], one["probe"]),
+        "runs": len(each),
+        "spread": np.std(each, ddof=1) if len(each) > 1 else np.nan,
+        "protocol": one["probe"],
         "floor": bool(one["floor"]),
         "best_floor": best.iloc[0] if len(best) and not one["floor"] else "",
         "note": one["interval"] + ("; transductive" if one["transductive"] else ""),
@@ -190,8 +190,8 @@ def _of_sweep(csv: Path) -> pd.DataFrame:
         if floor in said
     }
     task = f"{name} {SWEEPS[which]}"
-    found = [row_of(said["teacher"], f"{name} teacher", "synthetic", task, "test", sum(floors.values(), []))]
-    found += [row_of(mine, floor, "none", task, "test") for floor, mine in floors.items()]
+    found = [row_of(said["teacher"], f"{name} teacher", "synthetic", task, sum(floors.values(), []))]
+    found += [row_of(mine, floor, "none", task) for floor, mine in floors.items()]
     return pd.DataFrame(found).assign(source=f"results/{csv.name}")
 
 

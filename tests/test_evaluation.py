@@ -54,7 +54,7 @@ def test_the_row_is_that_of_the_probe_with_its_floors(tmp_path, small):
     assert table.iloc[0]["features"] == "mine" and table["floor"].sum() >= 5
     assert row["best_floor"] in set(table.loc[table["floor"], "features"])
     assert set(confounding.COLUMNS) <= set(table) and table[list(confounding.COLUMNS)].iloc[1:].isna().all(axis=None)
-    assert (row["model"], row["task"], row["part"], row["protocol"]) == ("mine", "data", "test", "logistic")
+    assert (row["model"], row["task"], row["part"], row["protocol"]) == ("mine", "data", "test", "linear")
     assert (
         row["note"].endswith("; pool mean")
         and row["n_patients"] == tiles.table.query("role == 'test'")["patient_id"].nunique()
@@ -72,14 +72,14 @@ def test_the_command_line_scores_a_folder_a_class_and_records_it(tmp_path, capsy
         path = tmp_path / "classes" / ("ab"[i % 2]) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
-    options = ["--protocol", "knn", "--pretrained-on", "none", "--record", "1"]
+    options = ["--protocol", "kNN", "--pretrained-on", "none", "--record", "1"]
     assert main(["evaluate", small, str(tmp_path / "classes"), *options]) == 0
     printed = capsys.readouterr().out
     assert "colour histogram" in printed and "probes.csv" in printed
     kept = leaderboard.recorded().iloc[0]
-    assert (kept["model"], kept["task"], kept["protocol"]) == (NAME, "classes", "knn")
+    assert (kept["model"], kept["task"], kept["protocol"]) == (NAME, "classes", "kNN")
     assert kept["note"] == "by image (too narrow); pool cls"
-    assert main(["leaderboard", "--protocol", "knn"]) == 0
+    assert main(["leaderboard", "--protocol", "kNN"]) == 0
     assert NAME in capsys.readouterr().out
 
 
@@ -87,8 +87,9 @@ def test_a_public_task_takes_its_clean_split(tmp_path):
     miniatures.mhist(tmp_path / "data")
     tiles = evaluation.labelled(tmp_path / "data", "mhist", allow_partial=True)
     assert "clean split" in tiles.name and set(tiles.table["role"]) == {"probe-train", "validate", "test"}
-    with pytest.raises(InputError, match="the official split of mhist stops and reports on the same images"):
-        evaluation.labelled(tmp_path / "data", "mhist", "official", allow_partial=True)
+    official = evaluation.labelled(tmp_path / "data", "mhist", "official", allow_partial=True)
+    with pytest.raises(InputError, match="mhist.* stops and reports on the same images; take split 'clean'"):
+        evaluation.evaluate("small", official)
     with pytest.raises(InputError, match="partial download"):
         evaluation.labelled(tmp_path / "data", "mhist")
 
@@ -110,8 +111,8 @@ def test_pathorob_gets_its_index(tmp_path, small):
 
 def test_what_cannot_be_evaluated_is_said(tmp_path, small):
     tiles = evaluation.labelled(coloured(tmp_path / "data"))
-    with pytest.raises(InputError, match="unknown protocol 'logistics'. Did you mean 'logistic'"):
-        evaluation.evaluate(small, tiles, protocol="logistics")
+    with pytest.raises(InputError, match="unknown protocol 'linaer'. Did you mean 'linear'"):
+        evaluation.evaluate(small, tiles, protocol="linaer")
     with pytest.raises(InputError, match="consep is no task of labelled tiles"):
         evaluation.labelled(tmp_path, "consep")
     with pytest.raises(InputError, match="no task 'bahc'"):

@@ -1,5 +1,7 @@
 """The leaderboard: published rows are the printed ones, protocols never meet, and who has seen what is told."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -102,21 +104,29 @@ def test_the_board_says_which_tasks_a_model_may_have_seen():
 
 def test_a_recorded_row_stands_beside_the_published_ones(results):
     seeds, floor = [answered(0.9, i, seed=i) for i in range(2)], answered(0.6, 9, "colour", floor=True)
-    row = leaderboard.row_of(seeds, "mine", "TCGA", "mhist", "val", [floor])
+    row = leaderboard.row_of(seeds, "mine", "TCGA", "mhist", [floor])
     score, gain = interval(seeds), paired(seeds, floor)
     assert (row["score"], row["low"], row["high"]) == pytest.approx(score)
     assert (row["gain"], row["gain_low"], row["gain_high"]) == pytest.approx(gain[:3])
-    assert row["best_floor"] == "colour" and row["protocol"] == "logistic" and row["runs"] == 2
+    assert row["best_floor"] == "colour" and row["protocol"] == "linear" and row["runs"] == 2
     assert row["spread"] == pytest.approx(np.std([one.balanced_accuracy for one in seeds], ddof=1))
-    leaderboard.record([row | {"protocol": "eva-2024"}])
+    assert row["part"] == "test"
+    leaderboard.record([row | {"protocol": "eva-2024", "part": "val"}])
     board = leaderboard.wide(leaderboard.rows("eva-2024")).set_index("model")
     assert len(board) == 13 and (board["published"] == "").sum() == 1
     assert board.loc["mine", "mhist val"] == pytest.approx(score.value, abs=1e-4)
     assert np.isnan(board.loc["mine", "pcam test"])
 
 
+def test_repeated_fits_are_the_runs_of_one_prediction():
+    settings = {"reported on": "validate", "scores": [0.8, 0.9, 0.85]}
+    row = leaderboard.row_of([replace(answered(0.9, probe="eva-2026"), settings=settings)], "mine", "TCGA", "mhist")
+    assert (row["part"], row["protocol"], row["runs"]) == ("val", "eva-2026", 3)
+    assert row["spread"] == pytest.approx(0.05)
+
+
 def test_a_row_is_recorded_once_and_replaced(results):
-    row = leaderboard.row_of([answered(0.9)], "mine", "TCGA", "mhist", "val")
+    row = leaderboard.row_of([answered(0.9)], "mine", "TCGA", "mhist")
     for score in (0.7, 0.8):
         path = leaderboard.record([row | {"score": score}, row | {"task": "crc"}])
     table = pd.read_csv(path)
@@ -127,7 +137,7 @@ def test_a_row_is_recorded_once_and_replaced(results):
 
 def test_synthetic_rows_of_another_generator_are_left_out(results):
     rows = [
-        leaderboard.row_of([answered(0.9)], model, told, task, "test")
+        leaderboard.row_of([answered(0.9)], model, told, task)
         for model, told, task in (("a", "TCGA", "crc"), ("b", "synthetic", "crc"), ("c", "none", "tiles (synthetic)"))
     ]
     path = leaderboard.record(rows)
@@ -152,7 +162,9 @@ def test_the_sweeps_answers_are_rows_with_their_floors():
 
 
 def test_the_command_line_and_what_it_writes(results, tmp_path, capsys):
-    leaderboard.record([leaderboard.row_of([answered(0.9)], "mine", "TCGA", "crc", "val") | {"protocol": "eva-2024"}])
+    leaderboard.record(
+        [leaderboard.row_of([answered(0.9)], "mine", "TCGA", "crc") | {"protocol": "eva-2024", "part": "val"}]
+    )
     assert main(["leaderboard", "--protocol", "eva-2024", "--out", str(tmp_path / "board")]) == 0
     printed = capsys.readouterr().out
     assert "protocol eva-2024" in printed and "kaiko B/8 published" in printed and "eva-2026" not in printed
@@ -168,7 +180,9 @@ def test_the_command_line_and_what_it_writes(results, tmp_path, capsys):
 
 
 def test_figures_show_every_score_once(style, results):
-    leaderboard.record([leaderboard.row_of([answered(0.9)], "mine", "TCGA", "crc", "val") | {"protocol": "eva-2024"}])
+    leaderboard.record(
+        [leaderboard.row_of([answered(0.9)], "mine", "TCGA", "crc") | {"protocol": "eva-2024", "part": "val"}]
+    )
     table = leaderboard.rows("eva-2024")
     fig = leaderboard.figure(table)
     dots = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "o"]

@@ -63,7 +63,7 @@ class Evaluate:
     backbone: str
     data: str
     task: str = setting("folder", "one of `pathfm tasks`, as it unpacks in data; folder is any set of labelled tiles")
-    protocol: str = setting("logistic", "logistic or knn; PathoROB's sets have their own")
+    protocol: str = setting("linear", "linear or kNN; PathoROB's sets have their own")
     split: str = setting("clean", "clean, or official: many official ones stop and report on the same images")
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     images: str = setting("", "folder of PathoROB's images, where data has its metadata")
@@ -109,7 +109,7 @@ class Tasks:
 class Leaderboard:
     """print recorded scores beside published ones, a table a protocol; with --out also as CSV, LaTeX and figures"""
 
-    protocol: str = setting("", "such as eva-2026 or logistic; every one, each in its own table, when empty")
+    protocol: str = setting("", "such as eva-2026 or linear; every one, each in its own table, when empty")
     out: str = setting("", "folder for rows.csv and <protocol>.csv, .tex, .svg, .png; nothing is written when empty")
 
     def __call__(self) -> None:
