@@ -83,6 +83,16 @@ def test_the_command_line_scores_a_folder_a_class_and_records_it(tmp_path, capsy
     assert NAME in capsys.readouterr().out
 
 
+def test_a_column_of_a_csv_may_play_the_patient(tmp_path, small, capsys):
+    csv = coloured(tmp_path / "data") / "manifest.csv"
+    table = pd.read_csv(csv).rename(columns={"patient_id": "block"}).drop(columns="slide_id")
+    table.to_csv(csv, index=False)
+    assert main(["evaluate", small, str(csv), "--patient", "block", "--protocol", "kNN", "--record", "true"]) == 0
+    assert leaderboard.recorded().iloc[0]["note"] == "by patient; pool cls"
+    assert main(["evaluate", small, str(csv), "--patient", "blok"]) == 2
+    assert "Did you mean 'block'" in capsys.readouterr().err
+
+
 def test_a_public_task_takes_its_clean_split(tmp_path):
     miniatures.mhist(tmp_path / "data")
     tiles = evaluation.labelled(tmp_path / "data", "mhist", allow_partial=True)

@@ -66,6 +66,7 @@ class Evaluate:
     protocol: str = setting("linear", "linear or kNN; PathoROB's sets have their own")
     split: str = setting("clean", "clean, or official: many official ones stop and report on the same images")
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
+    patient: str = setting("", "column of a manifest.csv that plays the patient, such as block")
     images: str = setting("", "folder of PathoROB's images, where data has its metadata")
     name: str = setting("", "of the backbone on the leaderboard; its own when empty")
     pretrained_on: str = setting("not stated", "such as TCGA or TCGA+GTEx: who has seen which patients")
@@ -84,7 +85,7 @@ class Evaluate:
             row = evaluation.robustness(self.backbone, self.task, self.data, self.images, **own)
             print(f"{row['model']}: robustness index {row['score']:.3f} on {row['task']} ({row['note']})")
         else:
-            how = {"allow_partial": True} if self.allow_partial else {}
+            how = {"allow_partial": self.allow_partial} | ({"patient": self.patient} if self.patient else {})
             tiles = evaluation.labelled(self.data, self.task, self.split, **how)
             row, table = evaluation.evaluate(self.backbone, tiles, protocol=self.protocol, **own)
             print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
