@@ -116,7 +116,7 @@ def figures(folder: Path) -> dict[str, float]:
 
     def planned(numbers) -> None:
         wanted = [stream._job(name) for name in stream._named(numbers)]
-        reading._pieces(wanted, [reading.frame(job) for job in wanted])
+        reading.planned(wanted)
 
     began = time.process_time()
     planned(range(BATCH))
@@ -161,7 +161,7 @@ def worker_memory(planner: Planner) -> tuple[int, int]:
     for batch in range(BATCHES):
         names = planner.stream._named(range(batch * BATCH, (batch + 1) * BATCH))
         wanted = [planner.stream._job(name) for name in names]
-        reading._pieces(wanted, [reading.frame(job) for job in wanted])
+        reading.planned(wanted)
     memory = psutil.Process().memory_full_info()
     return memory.uss, memory.rss
 

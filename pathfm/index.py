@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -72,7 +73,8 @@ class SlideIndex:
                    the slides under the same paths and have the same pathfm; `folder` is written here alone
         checksums  store a CRC-32 of every compressed tile, 4 bytes each, against which every read is held: any
                    changed byte is then an error. All files are read once. Without, damage is found where the file
-                   or the decoder can show it, and a flipped bit may pass as another picture
+                   or the decoder can show it in the rows that a read needs, and a flipped bit may pass as
+                   another picture
 
         A slide that cannot be read is quarantined with its reason, and so is one that ends the process reading it.
         Raises InputError where that is every one, `folder` cannot be written, or the scheduler is not to be had.
@@ -162,7 +164,7 @@ class SlideIndex:
         return _OPEN.get((row.path, row.mpp, row.tag), lambda: self._slide(row))
 
     def _slide(self, row) -> Slide:
-        downsamples, scales = row.levels.split(), [int(scale) for scale in row.scales.split()]
+        downsamples, scales = _numbers(row.levels, float), _numbers(row.scales, int)
         tiles = self.tiles if row.reader == "ranges" else None
         first = row.first_level if tiles is not None else 0
         size = row.width_px, row.height_px, row.mpp
@@ -202,6 +204,11 @@ class SlideIndex:
         if row.status != "ok":
             raise InputError(f"slide '{slide_id}' is quarantined: {row.reason}")
         return row
+
+
+@lru_cache(maxsize=1024)
+def _numbers(text: str, kind: type) -> tuple:
+    return tuple(map(kind, text.split()))
 
 
 def _columns(rows: list[dict]) -> list[str]:

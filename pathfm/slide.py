@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,9 @@ def plan_read(
     return ReadPlan(level, float(down), whole * slide_mpp if exact else float(mpp), grid, not exact, scale)
 
 
+_plan_read = lru_cache(maxsize=4096)(plan_read)  # most slides of a cohort are alike, and planned for every tile
+
+
 class Slide:
     """A slide on a disk or elsewhere. `Slide.open` is the way in; its file is opened when first read.
 
@@ -87,7 +91,7 @@ class Slide:
     ):
         self.path, self.vendor, self.fallback, self.version = str(path), vendor, fallback, version
         self.width_px, self.height_px, self.mpp = int(width_px), int(height_px), float(mpp)
-        self.level_downsamples = tuple(float(d) for d in downsamples)
+        self.level_downsamples = tuple(map(float, downsamples))
         self.tiles, self.first_level, self.scales = tiles, int(first_level), tuple(scales)
         self.reader = "ranges" if tiles is not None else "openslide"
         self.codec = ""
@@ -134,7 +138,7 @@ class Slide:
 
     def plan(self, mpp: float, max_upsample: float = MAX_UPSAMPLE, resample: str = "auto") -> ReadPlan:
         """How `mpp` is read. Raises InputError where that would upsample beyond `max_upsample`."""
-        plan = plan_read(self.mpp, self.level_downsamples, mpp, max_upsample, resample, self.scales)
+        plan = _plan_read(self.mpp, self.level_downsamples, mpp, max_upsample, resample, self.scales)
         if plan is None:
             raise InputError(
                 f"{self.path} has {self.mpp:g} um/px and cannot serve {mpp:g}: that is an upsampling by "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
 from test_slide import cubic
 
-from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading
+from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading, source
+from pathfm import index as index_module
 from pathfm.reading import Job, ReadPlan
 
 SIDE = 100
@@ -138,6 +140,22 @@ def test_memory_that_is_used_again_never_changes_an_image_that_is_kept(mixed):
     for k in range(40):
         slide.read(400 - 8 * k, 100, 64, 0.5)
     assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_open_files_stay_bounded_whatever_the_number_of_slides(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "OPEN_FILES", 3)
+    monkeypatch.setattr(index_module, "OPEN_SLIDES", 2)
+    links = {}
+    for k in range(24):
+        original = Path(mixed.slides["path"][k % 3])
+        links[f"s{k}"] = tmp_path / f"s{k}{original.suffix}"
+        os.link(original, links[f"s{k}"])
+    stream = TileStream(SlideIndex.build(cohort_of(links), tmp_path / "index", workers=0), tile_px=64, threads=2)
+    before, most = len(os.listdir("/dev/fd")), 0
+    for start in range(0, 96, 8):
+        assert len({tile.slide_id for tile in stream.__getitems__(range(start, start + 8))}) == 8
+        most = max(most, len(os.listdir("/dev/fd")))
+    assert most <= before + 3 + 2
 
 
 def test_a_slide_takes_its_own_part_of_the_map_along(mixed):
