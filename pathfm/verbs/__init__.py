@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathfm.verbs import probing, slides, study
+from pathfm.verbs import evaluating, probing, slides, study
 
 VERBS = {
     "run": study.Run,
@@ -16,8 +16,8 @@ VERBS = {
     "tiles": slides.Tiles,
     "embed": probing.Embed,
     "probe": probing.Probe,
-    "evaluate": probing.Evaluate,
     "tasks": probing.Tasks,
-    "leaderboard": probing.Leaderboard,
+    "evaluate": evaluating.Evaluate,
+    "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
 }
