@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathfm.verbs import probing, slides, study
+from pathfm.verbs import evaluating, probing, slides, study
 
 VERBS = {
     "run": study.Run,
@@ -17,5 +17,7 @@ VERBS = {
     "embed": probing.Embed,
     "probe": probing.Probe,
     "tasks": probing.Tasks,
+    "evaluate": evaluating.Evaluate,
+    "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
 }
