@@ -108,9 +108,8 @@ def pooled(
     from pathfm.features import extract, pools
 
     network = load(model)[0] if isinstance(model, (str, Path)) else model
-    source = str(model) if isinstance(model, (str, Path)) else model
     pool = "both" if getattr(network, "cls_token", None) is not None else "mean"
-    found = pools(extract(source, tiles, preprocess, pool, name, folder))
+    found = pools(extract(model, tiles, preprocess, pool, name, folder))
     return max(found, key=lambda features: probe(features).settings["validate"])
 
 
