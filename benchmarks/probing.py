@@ -45,7 +45,7 @@ class Embedded(NamedTuple):
     splits: dict[str, np.ndarray]  # train, val, test -> rows
 
 
-def clouds(name: str, classes: int, signal: float, sizes: tuple[int, int, int], d: int = 96) -> Embedded:
+def clouds(name: str, classes: int, signal: float, sizes: tuple[int, int, int], d: int = 768) -> Embedded:
     """Gaussian clouds around one centre a class."""
     rng = np.random.default_rng(classes)
     y = rng.integers(0, classes, sum(sizes))
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "probing_parity.csv")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    sets = [clouds("two clouds", 2, 0.15, (2000, 400, 1000)), clouds("nine clouds", 9, 0.22, (2000, 400, 1000))]
+    sets = [clouds("two clouds", 2, 0.065, (2000, 400, 1000)), clouds("nine clouds", 9, 0.1, (2000, 400, 1000))]
     sets += [real(given.tiles)] if given.tiles else []
     about, rows = stamp(), []
     for data in sets:
