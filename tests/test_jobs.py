@@ -16,7 +16,7 @@ import pytest
 from processes import heeding_ctrl_c
 from slide_files import cohort_of, tissue_pixels, write_slide
 
-from pathfm import InputError, SlideIndex, jobs
+from pathfm import InputError, SlideIndex, jobs, scan
 from pathfm import index as index_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def test_workers_are_of_this_machine_or_of_the_cluster(slides, tmp_path):
 
 def test_a_worker_of_another_version_is_refused(slides):
     with pytest.raises(InputError, match="a worker makes indexes of version .*install the same pathfm"):
-        index_module._scan_or_reason(str(slides["s0"]), None, False, "part", index_module.VERSION + 1)
+        scan.scan_or_reason(str(slides["s0"]), None, False, "part", scan.VERSION + 1)
 
 
 SLOW = """
