@@ -11,7 +11,6 @@ import pandas as pd
 
 from pathfm.benchmarks import patient_column, patients
 from pathfm.errors import InputError
-from pathfm.metrics import balanced_accuracy
 
 RESAMPLES = 2000
 MARGIN = 0.02  # two scores closer than this are equal for our purposes; stated beforehand
@@ -24,7 +23,7 @@ RESAMPLED = {"patient_id": "by patient", "slide_id": "by slide", None: "by image
 class Prediction:
     """What one probe said about the test tiles.
 
-    table     the test tiles' rows, with columns truth and predicted
+    table     the test tiles' rows, with columns truth and predicted; `right` too where a probe was fitted repeatedly
     seed      of the pretraining behind the features; predictions that differ in it alone are one row
     settings  of the probe: C, k, the validation score that chose them
     """
@@ -40,8 +39,16 @@ class Prediction:
     quarantined: int = 0
 
     @property
+    def hits(self) -> np.ndarray:
+        """(n,) 1 where right, else 0; of a probe fitted several times the share of its fits, from a column `right`."""
+        if "right" in self.table:
+            return self.table["right"].to_numpy(float)
+        return (self.table["truth"].to_numpy(str) == self.table["predicted"].to_numpy(str)).astype(float)
+
+    @property
     def balanced_accuracy(self) -> float:
-        return balanced_accuracy(self.table["truth"], self.table["predicted"])
+        """Mean over the classes of their mean `hits`: of several fits it is the mean of their balanced accuracies."""
+        return float(pd.Series(self.hits).groupby(self.table["truth"].to_numpy(str)).mean().mean())
 
 
 def of_centres(predictions: Iterable[Prediction], centres: Iterable[str]) -> list[Prediction]:
@@ -255,8 +262,7 @@ def counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     np.add.at(n, (patient, truth), 1)
     right = np.zeros((len(runs), *n.shape))
     for index, run in enumerate(runs):
-        hit = (run.table["truth"].to_numpy(str) == run.table["predicted"].to_numpy(str)).astype(float)
-        np.add.at(right[index], (patient, truth), hit)
+        np.add.at(right[index], (patient, truth), run.hits)
     return n, right
 
 

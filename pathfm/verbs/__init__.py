@@ -16,6 +16,7 @@ VERBS = {
     "tiles": slides.Tiles,
     "embed": probing.Embed,
     "probe": probing.Probe,
+    "eva-config": probing.EvaConfig,
     "tasks": probing.Tasks,
     "evaluate": evaluating.Evaluate,
     "leaderboard": evaluating.Leaderboard,

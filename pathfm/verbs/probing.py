@@ -39,6 +39,7 @@ class Probe:
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     split: str = setting("patient", "patient, tile or centre; only where the data set has no roles of its own")
     seed: int = setting(0, "of the split")
+    protocol: str = setting("", "a head by eva's protocol too, as eva-2026 or eva-2024")
 
     def __call__(self) -> None:
         from pathfm import probe
@@ -51,9 +52,31 @@ class Probe:
             tiles = tiles.split(self.split, seed=self.seed)
         features = extract(self.model, tiles, pool=self.pool)
         floors = probe.floor_predictions(tiles, *load(self.model))
-        table = probe.scores([probe.linear(features), probe.knn(features), *floors])
+        answers = [probe.linear(features), probe.knn(features)]
+        if self.protocol:
+            answers.append(probe.eva(features, self.protocol, self.seed))
+        table = probe.scores([*answers, *floors])
         shown = ["features", "probe", "balanced_accuracy", "low", "high", "n_tiles", "n_patients", "gain", "verdict"]
         print(table[shown].round(3).to_string(index=False))
+
+
+@dataclass(frozen=True)
+class EvaConfig:
+    """write what `eva predict_fit --config` needs to probe an exported backbone on one of eva's own tasks"""
+
+    model: str
+    task: str
+    data: str
+    out: str
+    protocol: str = setting("", "eva-2024, eva-2026 or eva-2026-10shot; today's for the task when empty")
+
+    def __call__(self) -> None:
+        from pathlib import Path
+
+        from pathfm import eva
+
+        config = eva.backbone_configuration(self.model, self.task, self.data, self.out, self.protocol)
+        print(f"eva predict_fit --config {eva.write(config, Path(self.out) / 'eva.yaml')}")
 
 
 @dataclass(frozen=True)
