@@ -18,6 +18,7 @@ from pathfm.errors import InputError, nearest
 from pathfm.storage import read_json
 
 WEIGHTS = "model.safetensors"
+SEEN = {"lvd142m": "LVD-142M", "in21k": "ImageNet", "in1k": "ImageNet", "dino": "ImageNet"}  # by what is in timm's tags
 
 
 def make_backbone(
@@ -50,7 +51,7 @@ def make_backbone(
     if str(init) == "imagenet":
         state = _imagenet(name, model, own)
         tag = model.pretrained_cfg.get("tag") or "default"
-        said = f"ImageNet weights of timm ({model.pretrained_cfg['architecture']}.{tag})"
+        said = f"{_seen(tag)} weights of timm ({model.pretrained_cfg['architecture']}.{tag})"
     else:
         state = read_weights(init)
         said = f"weights of {'/'.join(Path(init).parts[-2:])}"
@@ -75,6 +76,11 @@ def _create(name: str, img_size: int, drop_path: float, own: dict) -> VisionTran
         raise InputError(f"{name} is a {type(model).__name__}; take a plain ViT such as vit_small_patch16_224")
     check_size(model, img_size)
     return model
+
+
+def _seen(tag: str) -> str:
+    """What images weights were trained on, by timm's tag for them: those of a DINOv2 ViT are not of ImageNet."""
+    return next((name for mark, name in SEEN.items() if mark in tag), "pretrained")
 
 
 def check_size(model: VisionTransformer, px: int, what: str = "image size") -> None:

@@ -123,6 +123,17 @@ def test_imagenet_weights_are_timms_with_the_position_embedding_resized(tmp_path
     assert model.pos_embed.shape[1] == 17 and model(images()).shape == (2, 64)
 
 
+def test_weights_are_said_to_be_of_the_images_they_were_trained_on():
+    tags = {
+        name: timm.models.get_pretrained_cfg(name).tag
+        for name in (NAME, "vit_small_patch8_224", "vit_large_patch14_dinov2")
+    }
+    assert {name: vit._seen(tag) for name, tag in tags.items()} == dict(
+        zip(tags, ("ImageNet", "ImageNet", "LVD-142M"), strict=True)
+    )
+    assert vit._seen("laion2b") == "pretrained"
+
+
 def test_imagenet_weights_out_of_reach_name_the_remedies(monkeypatch: MonkeyPatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to host")
