@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pathfm import vit
+from pathfm import weights
 from pathfm.errors import InputError
 from pathfm.storage import atomic, write_json
+from pathfm.weights import MEAN, STD
 
 LAYER_SCALE = 1e-5  # says that there is one; its values are in the weights
-MEAN = STD = (0.5, 0.5, 0.5)  # inputs in [-1, 1], as the kaiko models; travels with the weights
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def export(model: VisionTransformer, folder: str | Path, card: dict[str, Any] | 
         },
         "pathfm": card or {},
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic(folder / vit.WEIGHTS) as file:
-        file.write(safetensors.torch.save(weights, {"format": "pt"}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(folder / weights.WEIGHTS) as file:
+        file.write(safetensors.torch.save(tensors, {"format": "pt"}))
     with atomic(folder / "README.md", "w") as file:
         file.write(_card(config))
     write_json(folder / "config.json", config)  # last: a folder with a config is a whole one
@@ -105,8 +105,8 @@ def load(folder: str | Path) -> tuple[VisionTransformer, Preprocess]:
     Raises InputError where the folder is none of ours or timm's, or damaged.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"{folder} is no folder; give one with config.json and {vit.WEIGHTS}")
-    model, config = vit.from_folder(folder)
+        raise InputError(f"{folder} is no folder; give one with config.json and {weights.WEIGHTS}")
+    model, config = weights.from_folder(folder)
     pretrained = config.get("pretrained_cfg", {})
     return model, Preprocess(
         model.patch_embed.img_size[0], tuple(pretrained.get("mean", MEAN)), tuple(pretrained.get("std", STD))
