@@ -304,6 +304,21 @@ class Instrument:
             print(f"seed {row.seed}: {row.what} is {row.balanced_accuracy:.3f}, not {row.low:g} to {row.high:g}")
 
 
+@dataclass(frozen=True)
+class Export:
+    """write the teacher or student of a finished run as a folder that timm loads, with its model card"""
+
+    run: str
+    out: str
+    which: str = setting("teacher", "teacher, or student from the last checkpoint")
+    licence: str = setting("", "of the weights, for the card")
+
+    def __call__(self) -> None:
+        from pathfm.export import export_run
+
+        print(export_run(self.run, self.out, self.which, self.licence))
+
+
 def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "") -> None:
     """pretrain a backbone with DINO or DINOv2 from the slides of a cohort; continues a run that was interrupted"""
     from pathfm import Cohort, study
@@ -325,6 +340,7 @@ VERBS = {
     "probe": Probe,
     "tasks": Tasks,
     "instrument": Instrument,
+    "export": Export,
 }
 
 

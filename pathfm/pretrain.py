@@ -22,7 +22,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
-from pathfm import checkpoint, logbook, stores
+from pathfm import card, checkpoint, logbook, stores
 from pathfm.augment import MultiCrop, scale_table
 from pathfm.cohort import patient_of
 from pathfm.config import SMOKE, PretrainConfig, make_config
@@ -161,17 +161,8 @@ class Training:
                 self._save()
         for book in (log, speed, looks):
             book.close()
-        params = read_json(folder / "params.json")
-        export(
-            self.model.teacher.backbone,
-            folder / "teacher",
-            {
-                "Recipe": {**dataclasses.asdict(config), "init": params["init"]},
-                "Start": params["init"],
-                "Tiles": params["stream"],
-                "Provenance": params["sessions"],
-            },
-        )
+        about = card.of_run(read_json(folder / "params.json"), logbook.read(folder / "watches.csv"))
+        export(self.model.teacher.backbone, folder / "teacher", about)
 
     def _one(self, step: int, batch: Any, multicrop: MultiCrop) -> dict[str, float]:
         """One optimiser step, and its row of the log."""
@@ -397,6 +388,7 @@ def _told(stream: Any) -> dict[str, Any]:
         slides = stream.slides
         told |= {"settings": repr(stream), "slides": len(slides), "patients": patient_of(slides).nunique()}
         told |= {"centres": sorted(map(str, slides["centre"].unique()))} if "centre" in slides else {}
+        told |= {"tissue": card.tissue_of(slides)}
     if hasattr(stream, "mixture"):
         told |= {"mixture": stream.mixture.round(4).to_dict("records")}
     if hasattr(stream, "settings"):

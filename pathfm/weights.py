@@ -109,8 +109,8 @@ def _tensors(nested: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{prefix}{name}.")
 
 
-def backbone_of(tensors: dict[str, Tensor], said: str | Path) -> dict[str, Tensor]:
-    """The part of a checkpoint that is a ViT by timm's or DINO's names, the teacher's where it has one.
+def backbone_of(tensors: dict[str, Tensor], said: str | Path, which: str = "teacher") -> dict[str, Tensor]:
+    """The part of a checkpoint that is a ViT by timm's or DINO's names, the teacher's (`which`) where it has one.
 
     Raises InputError where it has none.
     """
@@ -118,7 +118,7 @@ def backbone_of(tensors: dict[str, Tensor], said: str | Path) -> dict[str, Tenso
     starts = [name.removesuffix(end) for name in tensors if name.endswith(end) and not name.startswith("optimi")]
     if not starts:
         raise InputError(f"{said} holds no '{end}'; its parameters are not named as timm's or DINO's, convert them")
-    start = min(starts, key=lambda name: ("teacher" not in name and "ema" not in name, len(name)))
+    start = min(starts, key=lambda name: (which not in name, "ema" not in name, len(name)))
     # DINOv2's training code counts blocks within chunks: blocks.1.13 is block 13
     return {
         re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name.removeprefix(start)): value
