@@ -21,4 +21,5 @@ VERBS = {
     "evaluate": evaluating.Evaluate,
     "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
+    "export": study.Export,
 }

@@ -90,3 +90,18 @@ class Instrument:
         print(means.round(3).to_string())
         for row in instrument.outside(table).itertuples():
             print(f"seed {row.seed}: {row.what} is {row.balanced_accuracy:.3f}, not {row.low:g} to {row.high:g}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """write the teacher or student of a finished run as a folder that timm loads, with its model card"""
+
+    run: str
+    out: str
+    which: str = setting("teacher", "teacher, or student from the last checkpoint")
+    licence: str = setting("", "of the weights, for the card")
+
+    def __call__(self) -> None:
+        from pathfm.export import export_run
+
+        print(export_run(self.run, self.out, self.which, self.licence))
