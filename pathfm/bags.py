@@ -107,6 +107,20 @@ class Bags:
         kept = {"files": [self.files[row] for row in rows], "names": [self.names[row] for row in rows]}
         return replace(self, slides=self.slides.iloc[rows].reset_index(drop=True), **kept)
 
+    def of(self, table: pd.DataFrame) -> Bags:
+        """The bags of the slides in a table of labels, with its columns in place of their own: a fold, a task.
+
+        Raises InputError where a slide of the table has neither features nor a reason why: a table of other slides.
+        """
+        known = {*self.slides["slide_id"], *self.quarantined["slide_id"]}
+        strange = [name for name in table["slide_id"] if name not in known]
+        if strange:
+            raise InputError(f"{len(strange)} slides of the labels are not among {self.name}'s, first {strange[0]}")
+        kept = self.subset(self.slides["slide_id"].isin(table["slide_id"]).to_numpy())
+        own = kept.slides.drop(columns=[c for c in table if c != "slide_id" and c in kept.slides])
+        bad = self.quarantined[self.quarantined["slide_id"].isin(table["slide_id"])].reset_index(drop=True)
+        return replace(kept, slides=own.merge(table, on="slide_id", validate="one_to_one"), quarantined=bad)
+
     def means(self) -> np.ndarray:
         """(S, D) float32 mean of each slide's tiles."""
         return np.stack([bag.mean(axis=0) for bag in self])
