@@ -333,6 +333,20 @@ class Instrument:
             print(f"seed {row.seed}: {row.what} is {row.balanced_accuracy:.3f}, not {row.low:g} to {row.high:g}")
 
 
+@dataclass(frozen=True)
+class SlideLabels:
+    """score the synthetic slide labels B0 to B3 (a coin, common, subtle, spatial) from bags; write results/bags.csv"""
+
+    model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
+    workers: int = setting(0, "processes that draw slides; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathfm import bag_study
+
+        shown = ["label", "features", "head", "auc", "low", "high", "n_patients", "reason"]
+        print(bag_study.record(self.model, self.workers)[shown].round(3).to_string(index=False))
+
+
 def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "") -> None:
     """pretrain a backbone with DINO or DINOv2 from the slides of a cohort; continues a run that was interrupted"""
     from pathfm import Cohort, study
@@ -354,6 +368,7 @@ VERBS = {
     "probe": Probe,
     "tasks": Tasks,
     "instrument": Instrument,
+    "slide-labels": SlideLabels,
 }
 
 
