@@ -75,7 +75,7 @@ class Batch(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """Jobs whose bytes are on their way."""
+    """A batch whose bytes are on their way."""
 
     batch: Batch
     data: dict[str, Callable[[], dict]]  # see `fetched`
@@ -139,22 +139,21 @@ def fetched(batch: Batch, threads: int = 1) -> dict[str, Callable[[], dict[tuple
             slides[job.slide.path] = job.slide
             wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
     parts, paths = {path: Future() for path in slides}, list(slides)
-    if any(stores.is_address(path) for path in slides):
-        arrivals = _asked(paths, slides, wanted)
-        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals, paths, slides, wanted, parts)
+
+    def arrivals(some: list[str]) -> Iterator:
+        return arriving([(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in some])
+
+    def bring(k: int) -> None:
+        _bring(arrivals(paths[k::threads]), paths[k::threads], slides, wanted, parts)
+
+    if any(stores.is_address(path) for path in paths):
+        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals(paths), paths, slides, wanted, parts)
     else:
-        runs = [paths[k::threads] for k in range(min(threads, len(paths)))]
-        _each(
-            lambda k: _bring(_asked(runs[k], slides, wanted), runs[k], slides, wanted, parts), range(len(runs)), threads
-        )
+        _each(bring, range(min(threads, len(paths))), threads)
     return {path: future.result for path, future in parts.items()}
 
 
-def _asked(paths: list[str], slides: dict, wanted: dict[str, dict]) -> Iterator[tuple[int, list[bytes]]]:
-    return arriving([(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths])
-
-
-def _bring(arrivals: Iterator, paths: list[str], slides: dict, wanted: dict[str, dict], parts: dict) -> None:
+def _bring(arrivals: Iterator, paths: list[str], slides: dict, wanted: dict, parts: dict[str, Future]) -> None:
     """Fill in the bytes of these slides, or why they cannot be had."""
     try:
         for number, data in arrivals:

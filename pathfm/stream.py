@@ -323,7 +323,7 @@ class TileStream:
 
         def under_way(some: Sequence[int]) -> tuple[tuple[list[TileName], Begun], int]:
             names = named(some)
-            begun = begin([self._job(name) for name in names])
+            begun = begin([self._job(name) for name in names], self.threads)
             return (names, begun), begun.bytes
 
         if foresee and self._far:
