@@ -4,9 +4,9 @@
 
 Slides are links to a few small synthetic ones, each a file of its own to the reader; every tenth is a TIFF with an
 alpha channel, which OpenSlide reads. Batches of 64 tiles of 64 px at 0.5 and 1 um/px are read on two threads and let
-go; STEPS times on the way the process's resident memory and its open files are written down. It ends with status 1 where
-the second half of the run took over GROWTH_MB more memory than the first, or more files are open than the two readers
-may keep together. The plot is figures/soak.svg and .png.
+go; STEPS times on the way the process's resident memory and its open files are written down. It ends with status 1
+where the second half of the run took over GROWTH_MB more memory than the first, or more files are open than the two
+readers may keep together. The plot is figures/soak.svg and .png.
 """
 
 from __future__ import annotations
