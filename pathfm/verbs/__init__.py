@@ -21,5 +21,6 @@ VERBS = {
     "evaluate": evaluating.Evaluate,
     "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
+    "slide-labels": study.SlideLabels,
     "export": study.Export,
 }

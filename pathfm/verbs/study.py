@@ -105,3 +105,17 @@ class Export:
         from pathfm.export import export_run
 
         print(export_run(self.run, self.out, self.which, self.licence))
+
+
+@dataclass(frozen=True)
+class SlideLabels:
+    """score the synthetic slide labels B0 to B3 (a coin, common, subtle, spatial) from bags; write results/bags.csv"""
+
+    model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
+    workers: int = setting(0, "processes that draw slides; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathfm import bag_study
+
+        shown = ["label", "features", "head", "auc", "low", "high", "n_patients", "reason"]
+        print(bag_study.record(self.model, self.workers)[shown].round(3).to_string(index=False))
