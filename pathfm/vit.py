@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from pathfm.errors import InputError, nearest
+from pathfm.ranks import BatchNorm
 from pathfm.storage import read_json
 
 WEIGHTS = "model.safetensors"
@@ -189,7 +190,7 @@ class DinoHead(nn.Module):
         super().__init__()
 
         def layer(inputs: int) -> list[nn.Module]:
-            return [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.GELU()]
+            return [nn.Linear(inputs, hidden), *([BatchNorm(hidden)] if batch_norm else []), nn.GELU()]
 
         self.mlp = nn.Sequential(*layer(features), *layer(hidden), nn.Linear(hidden, bottleneck))
         for module in self.mlp:
