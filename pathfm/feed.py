@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from pathfm import ranks, stores
+from pathfm import card, ranks, stores
 from pathfm.cohort import patient_of
 from pathfm.config import PretrainConfig
 from pathfm.errors import InputError
@@ -95,6 +95,7 @@ def told_of(stream: Any) -> dict[str, Any]:
         slides = stream.slides
         told |= {"settings": repr(stream), "slides": len(slides), "patients": patient_of(slides).nunique()}
         told |= {"centres": sorted(map(str, slides["centre"].unique()))} if "centre" in slides else {}
+        told |= {"tissue": card.tissue_of(slides)}
     if hasattr(stream, "mixture"):
         told |= {"mixture": stream.mixture.round(4).to_dict("records")}
     if hasattr(stream, "settings"):

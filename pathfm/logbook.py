@@ -1,4 +1,4 @@
-"""CSV files that grow by a row a step and are cut back where a run resumes."""
+"""A CSV file that grows by a row a step and is cut back where a run resumes."""
 
 from __future__ import annotations
 
@@ -37,23 +37,6 @@ class Logbook:
 
     def close(self) -> None:
         self._file.close()
-
-
-class Journal:
-    """The books of a run: log.csv (its numbers), speed.csv (its times), watches.csv (looks at validation tiles)."""
-
-    def __init__(self, folder: str | Path, step: int):
-        self.log, self.speed, self.looks = self.books = [
-            Logbook(Path(folder) / f"{name}.csv", step) for name in ("log", "speed", "watches")
-        ]
-
-    def settle(self) -> None:
-        for book in self.books:
-            book.settle()
-
-    def close(self) -> None:
-        for book in self.books:
-            book.close()
 
 
 def read(path: str | Path) -> pd.DataFrame:

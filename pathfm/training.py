@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pathfm import checkpoint, ranks, remedies
+from pathfm import card, checkpoint, logbook, ranks, remedies
 from pathfm.augment import MultiCrop, Views, scale_table
 from pathfm.config import PretrainConfig
 from pathfm.devices import device_of, kernels_of
@@ -27,13 +27,13 @@ from pathfm.dinov2 import DinoV2
 from pathfm.errors import InputError, Stopped
 from pathfm.export import export
 from pathfm.feed import batches, feeding, told_of
-from pathfm.logbook import Journal
 from pathfm.runs import provenance
 from pathfm.schedules import Schedule, schedule, set_rates
 from pathfm.signals import Ear
-from pathfm.storage import progress, read_json, write_json
+from pathfm.storage import read_json, write_json
+from pathfm.story import Journal, Progress, memory_gb
 from pathfm.vit import set_attention
-from pathfm.watches import Watch
+from pathfm.watches import Watch, collapsed
 
 METHODS = {"dino": Dino, "dinov2": DinoV2}
 WEIGHTS, STEP_VIEWS, STEP_DEPTH = range(3)
@@ -53,7 +53,7 @@ class Training:
         self.model = METHODS[config.method](
             config if saved is None or config.init == "random" else config.replace(init="random")
         )
-        self.step = 0
+        self.step, self.journal = 0, None
         if saved is not None:
             self._restore(*saved)
         self.model.to(self.device).train()
@@ -91,7 +91,7 @@ class Training:
         loader = batches(stream, config, self.step, pin=self.device.type == "cuda")
         multicrop, steps = MultiCrop(config, self.model.patch_px), range(self.step, config.steps)
         said = f"{self.folder.name}, step {self.step} to {config.steps}"
-        self.bar = progress(steps, desc=said, unit="step") if first else steps
+        self.bar = Progress(steps, said) if first else steps
         with feeding(loader) as feed, Ear() as ear:
             for step in self.bar:
                 self._advance(step, feed, multicrop, ear)
@@ -128,6 +128,8 @@ class Training:
         model, now = self.model, schedule(self.config, step)
         images = batch.image.to(self.device, non_blocking=True)
         views = multicrop(images, batch.mpp, self._drawn(step))
+        if self.journal and not step:
+            self.journal.story.show(views)
         set_rates(self.optimiser.param_groups, now)
         self.optimiser.zero_grad(set_to_none=True)
         parts = views.parts(self.config.accumulate)
@@ -189,27 +191,32 @@ class Training:
     def _log(self, row: dict[str, float], spent: float, waited: float) -> None:
         if not self.journal:
             return
+        pace = {
+            "tiles_per_s": round(self.config.batch_size / spent, 3),
+            "data_wait": round(waited / spent, 4),
+            "seconds": round(spent, 4),
+            "memory_gb": round(memory_gb(self.device), 3),
+        }
+        self.journal.add("train", self.step, row)
+        self.journal.add("speed", self.step, pace)
         speed = self.config.batch_size / spent
-        self.journal.log.add({"step": self.step, **row})
-        self.journal.speed.add(
-            {
-                "step": self.step,
-                "tiles_per_s": round(speed, 3),
-                "data_wait": round(waited / spent, 4),
-                "seconds": round(spent, 4),
-            }
-        )
-        if hasattr(self.bar, "set_postfix_str"):
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.0f} tiles/s", refresh=False)
+        self.bar.tell(f"loss {row['loss']:.3f}, {speed:.0f} tiles/s, {waited / spent:.0%} waiting")
 
     def _look(self) -> None:
-        """A look at the validation tiles, by rank 0, while the others wait."""
+        """A look at the validation tiles, by rank 0 while the others wait; heeds a teacher that collapses."""
         if not self.watching:
             return
         model = self._whole()
-        if self.journal:
-            with ranks.apart():
-                self.journal.looks.add({"step": self.step, **self.watch.look(model, self.config)})
+        if not self.journal:
+            return
+        with ranks.apart():
+            seen = self.watch.look(model, self.config)
+        self.journal.add("watch", self.step, seen)
+        wrong = collapsed(logbook.read(self.folder / "watches.csv").iloc[0], seen, self.config)
+        if wrong and self.config.on_collapse == "stop":
+            raise InputError(f"step {self.step}: {wrong}. on_collapse='warn' would go on")
+        if wrong and self.config.on_collapse == "warn":
+            warnings.warn(f"step {self.step}: {wrong}", stacklevel=2)
 
     def _whole(self) -> Dino | None:
         """The model, or one whose weights are whole where each rank holds a shard: then on rank 0 alone."""
@@ -232,17 +239,8 @@ class Training:
         model = self._whole()
         if not self.journal:
             return
-        params = read_json(self.folder / "params.json")
-        export(
-            model.teacher.backbone,
-            self.folder / "teacher",
-            {
-                "Recipe": {**dataclasses.asdict(self.config), "init": params["init"]},
-                "Start": params["init"],
-                "Tiles": params["stream"],
-                "Provenance": params["sessions"],
-            },
-        )
+        about = card.of_run(read_json(self.folder / "params.json"), logbook.read(self.folder / "watches.csv"))
+        export(model.teacher.backbone, self.folder / "teacher", about)
 
     def _save(self) -> None:
         tensors = {**self.model.state_dict(), **checkpoint.optimiser_tensors(self.optimiser, self.named)}
