@@ -72,7 +72,7 @@ def main() -> None:
     found = {}
     for precision in ("float32", "bfloat16"):
         table = speed(model, tiles, precision, told.device, told.rounds)
-        print(flush=True, end=f"{precision}: extraction is {table['cpu'].median():.3f} of the bare forward pass in CPU time, "
+        print(f"{precision}: extraction is {table['cpu'].median():.3f} of the bare forward pass in CPU time, "
               f"{table['wall'].median():.3f} in wall time, {table['tiles/s'].median():.1f} tiles/s")  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             one = extract(model, tiles, folder=folder, precision=precision)
