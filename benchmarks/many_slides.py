@@ -31,7 +31,7 @@ KINDS, TISSUE, BATCH, BATCHES = 2000, 0.1, 64, 200
 
 def make(folder: Path, slides: int) -> None:
     """Write an index of simulated slides."""
-    from pathfm import index, tilemap
+    from pathfm import scan, tilemap
     from pathfm.decode import CODECS
     from pathfm.storage import write_json
 
@@ -56,7 +56,7 @@ def make(folder: Path, slides: int) -> None:
         np.save(folder / f"{name}.npy", array)
     np.save(folder / "masks.npy", words)
     rows(slides, kinds, per_slide, rng).to_csv(folder / "slides.csv", index=False)
-    write_json(folder / "index.json", {"version": index.VERSION, "cohort": "simulated", "slides": slides})
+    write_json(folder / "index.json", {"version": scan.VERSION, "cohort": "simulated", "slides": slides})
 
 
 def masks(kinds: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -116,7 +116,7 @@ def figures(folder: Path) -> dict[str, float]:
 
     def planned(numbers) -> None:
         wanted = [stream._job(name) for name in stream._named(numbers)]
-        reading._pieces(wanted, [reading.frame(job) for job in wanted])
+        reading.planned(wanted)
 
     began = time.process_time()
     planned(range(BATCH))
@@ -161,7 +161,7 @@ def worker_memory(planner: Planner) -> tuple[int, int]:
     for batch in range(BATCHES):
         names = planner.stream._named(range(batch * BATCH, (batch + 1) * BATCH))
         wanted = [planner.stream._job(name) for name in names]
-        reading._pieces(wanted, [reading.frame(job) for job in wanted])
+        reading.planned(wanted)
     memory = psutil.Process().memory_full_info()
     return memory.uss, memory.rss
 

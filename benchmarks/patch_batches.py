@@ -150,8 +150,8 @@ def views() -> pd.DataFrame:
     tiles.__getitems__(range(BATCH))  # compiles what is compiled
     stages = {
         (TileStream, "_named"): "draw and name",
-        (reading, "_pieces"): "find byte ranges",
-        (reading, "_fetch"): "fetch",
+        (reading, "planned"): "find byte ranges",
+        (reading, "fetched"): "fetch",
         (reading, "_decode"): "decode",
         (reading, "resample"): "resample",
         (TileStream, "__getitems__"): "paste and the rest",

@@ -5,7 +5,8 @@
 Sharpness is a shortcut for a model: where a tile's spectrum tells whether it was passed through, decoded at a
 fraction, resampled or read from a coarser level, it may tell the slide's pyramid too. Two tables are printed:
 decibels against level 0 averaged or filtered to the same scale, by mpp; and the balanced accuracy of a logistic
-regression on the radial power spectrum (8-fold, by slide position), against chance, for resample="auto" and "always".
+regression on the radial power spectrum, against chance, for resample="auto" and "always". It is an upper bound: of its
+8 folds several hold tiles of one slide, so that what a slide looks like counts as what was done to it.
 """
 
 from __future__ import annotations

@@ -86,24 +86,25 @@ class MultiCrop:
             x = turned(x, torch.randint(4, (len(x),), generator=generator))
         return x, seen.view(views, n)
 
-    def _colours_of(self, tiles: Tensor) -> Tensor | None:
-        """Mean and spread in CIELAB of whole tiles (B, 2, 3), where something asks for them."""
-        return lab.colours(tiles) if self.config.stain_transfer or self.config.randstain else None
+    def _colours_of(self, tiles: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and spread in CIELAB of these tiles (B, 2, 3) and of all ranks', where something asks for them."""
+        if not (self.config.stain_transfer or self.config.randstain):
+            return None
+        own = lab.colours(tiles)
+        return own, gathered(own)
 
-    def _restained(self, x: Tensor, colours: Tensor | None, generator: Generator) -> Tensor:
+    def _restained(self, x: Tensor, colours: tuple[Tensor, Tensor] | None, generator: Generator) -> Tensor:
         """`x` (V * B, 3, h, w) with the colours of another tile of the batch, or with drawn ones."""
         c, n = self.config, len(x)
+        own, everyone = colours or (None, None)
         if c.stain_transfer:
             chosen = torch.rand(n, generator=generator) < c.stain_transfer
-            everyone = gathered(colours)
-            x = lab.given(
-                x, chosen, colours, everyone[other_tile(own_rows(colours).cpu(), n, len(everyone), generator)]
-            )
+            x = lab.given(x, chosen, own, everyone[other_tile(own_rows(own).cpu(), n, len(everyone), generator)])
         if c.randstain:
             chosen = torch.rand(n, generator=generator) < c.randstain
-            law = colours.new_tensor(c.randstain_lab).view(2, 2, 3) if c.randstain_lab else lab.law(gathered(colours))
+            law = own.new_tensor(c.randstain_lab).view(2, 2, 3) if c.randstain_lab else lab.law(everyone)
             drawn = torch.randn(n, 2, 3, generator=generator).to(law)
-            x = lab.given(x, chosen, colours, law[0] + drawn * law[1])
+            x = lab.given(x, chosen, own, law[0] + drawn * law[1])
         return x
 
     def _masks(self, n: int, generator: Generator) -> Tensor:
@@ -137,7 +138,7 @@ class MultiCrop:
         if c.stain:
             amounts = torch.stack([between(1 - c.stain, 1 + c.stain) for _ in DYES], 1)
             offsets = torch.stack([between(-0.1 * c.stain, 0.1 * c.stain) for _ in DYES], 1)
-            x = stained(x, amounts.to(x.device), offsets.to(x.device))
+            x = stained(x, amounts, offsets)
         x = where(x, happens(c.grayscale), saturation, torch.zeros(n))
         blurred, sigma = happens(blur), between(*(c.blur_sigma_um or c.blur_sigma_px))
         x = where(x, blurred, gaussian_blur, self._in_pixels(sigma, mpp.flatten()))
@@ -304,14 +305,14 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def stained(x: Tensor, amounts: Tensor, offsets: Tensor) -> Tensor:
-    """`x` (n, 3, h, w) in [0, 1] with other amounts of its dyes: each times `amounts`, plus `offsets`, (n, 3).
+    """`x` (n, 3, h, w) in [0, 1] with other amounts of its dyes: times `amounts`, plus `offsets`, (n, 3) on the CPU.
 
     In optical density (base 10), along DYES. The augmentation "HED" of Tellez et al. 2019, section 3.2.
     """
-    dyes = x.new_tensor(DYES)
+    dyes = torch.tensor(DYES, dtype=x.dtype)  # on the CPU, as the amounts: an inverse there keeps no GPU waiting
     dyes = dyes / dyes.norm(dim=1, keepdim=True)
-    mix = dyes.inverse() @ (amounts[:, :, None] * dyes)
-    added = -math.log(10) * (offsets @ dyes)[:, :, None]
+    mix = (dyes.inverse() @ (amounts[:, :, None] * dyes)).to(x.device)
+    added = (-math.log(10) * (offsets @ dyes)[:, :, None]).to(x.device)
     light = x.clamp(min=1 / 255).log().flatten(2)  # minus the density, in natural units: exp is quicker than pow
     return torch.baddbmm(added, mix.mT, light).exp().clamp(0, 1).unflatten(2, x.shape[2:])
 

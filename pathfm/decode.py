@@ -1,4 +1,8 @@
-"""One compressed tile to pixels: JPEG at a fraction of its size, JPEG 2000, LZW, Deflate, none."""
+"""One compressed tile to pixels: JPEG at a fraction of its size and only as far down as is needed, JPEG 2000, LZW, ...
+
+What lies below the rows asked for is not decoded: a flipped bit or a stray marker there is not named, nor does it
+change what is returned. A stream that is cut short is named all the same, and the index's CRC-32 names any damage.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,10 @@ JPEG, JPEG2000, LZW, DEFLATE, UNCOMPRESSED = range(len(CODECS))
 _JFIF = b"\xff\xe0"
 _SAY_COLOUR = (_JFIF, b"\xff\xee")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame, all processes
+_BASELINE = b"\xff\xc0\x00\x11\x08"  # start of a baseline frame of three components, before its height and width
+_SCAN = b"\xff\xda"  # start of the pixels
+_RESTARTS = b"\xff\xdd\x00\x04"  # markers among the pixels: what a decoder says of bytes left over is then ambiguous
+_LEFT_OVER = "extraneous bytes before marker 0xd9"  # the end of the stream: all that a decoder finds fault with
 
 
 class Damaged(ValueError):
@@ -53,20 +61,23 @@ def recipe(level, tables: bytes) -> Recipe:
     return Recipe(int(level["codec"]), colour, *sizes, int(level["predictor"]), head, not tables and colour == 1)
 
 
-def decode(data: bytes, how: Recipe, scale: int = 1, buffer: np.ndarray | None = None) -> np.ndarray:
-    """A compressed tile's pixels: (height / scale, width / scale, 3) uint8, RGB.
+def decode(
+    data: bytes, how: Recipe, scale: int = 1, buffer: np.ndarray | None = None, rows: int | None = None
+) -> np.ndarray:
+    """A compressed tile's pixels: (rows, width / scale, 3) uint8, RGB.
 
     scale    one of SCALES; only JPEG decodes at another than 1
     buffer   (at least height * width * 3 / scale^2,) uint8, written and returned as an image where the codec allows
+    rows     from the top, that are needed, at most height / scale; None: all
 
     A JPEG gives what OpenSlide gives, bit for bit: accurate cosines, smooth chroma. Raises Damaged where the data
     are cut short, not what the codec expects, or not of the declared size.
     """
     if how.codec == JPEG:
-        return _jpeg(data, how, scale, buffer)
+        return _jpeg(data, how, scale, buffer, how.height // scale if rows is None else rows)
     try:
         if how.codec == JPEG2000:
-            return _jpeg2000(data, how)
+            return _jpeg2000(data, how)[:rows]
         if how.codec == LZW:
             data = imagecodecs.lzw_decode(data, out=how.width * how.height * 3)
         elif how.codec == DEFLATE:
@@ -77,7 +88,7 @@ def decode(data: bytes, how: Recipe, scale: int = 1, buffer: np.ndarray | None =
         raise Damaged(f"is no {CODECS[how.codec]} data ({error})") from None
     if len(data) != how.width * how.height * 3:
         raise Damaged(f"holds {len(data)} bytes of pixels and not {how.width} x {how.height} x 3")
-    pixels = np.frombuffer(data, np.uint8).reshape(how.height, how.width, 3)
+    pixels = np.frombuffer(data, np.uint8).reshape(how.height, how.width, 3)[:rows]
     return np.cumsum(pixels, axis=1, dtype=np.uint8) if how.predictor == 2 else pixels
 
 
@@ -92,7 +103,7 @@ def _inflated(data: bytes, size: int) -> bytes:
     return found
 
 
-def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None) -> np.ndarray:
+def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None, rows: int) -> np.ndarray:
     if not (how.as_it_is and data[2:4] == _JFIF):
         at = 2
         while data[at : at + 2] in _SAY_COLOUR:  # the TIFF's own tag decides, as it does for OpenSlide
@@ -101,6 +112,9 @@ def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None) -> np
     width, height = how.width // scale, how.height // scale
     if buffer is None:
         buffer = np.empty(height * width * 3, np.uint8)
+    lower, reach = shortened(data, how, scale, rows)
+    if reach < how.height and _decodes(lower, reach // scale, width, buffer):
+        return buffer[: rows * width * 3].reshape(rows, width, 3)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, 1, buffer)
     except ValueError as error:
@@ -108,7 +122,41 @@ def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None) -> np
     if pixels.shape != (height, width, 3):
         found = tuple(scale * side for side in pixels.shape[1::-1])
         raise Damaged(f"is a JPEG of {found[0]} x {found[1]} px and not {how.width} x {how.height}")
-    return pixels
+    return pixels[:rows]
+
+
+def shortened(data: bytes, how: Recipe, scale: int, rows: int) -> tuple[bytes, int]:
+    """(a JPEG stream that says it is lower, that height): decoded at 1/scale its upper `rows` rows are the same.
+
+    The stream itself and how.height where all of it is needed, or where it restarts or is not baseline, so that
+    what the decoder says at its end would tell nothing.
+    """
+    as_it_is = data, how.height
+    frame = data.find(_BASELINE + how.height.to_bytes(2, "big") + how.width.to_bytes(2, "big"))
+    scan = data.find(_SCAN, frame)
+    if rows * scale >= how.height or not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
+        return as_it_is
+    blocks = max(sampling & 15 for sampling in data[frame + 11 : frame + 19 : 3])  # on top of each other, in a unit
+    if blocks not in (1, 2, 4):
+        return as_it_is
+    below = blocks > 1  # the smooth chroma of a row looks at the next one
+    reach = -(-(rows + below) * scale // (8 * blocks)) * 8 * blocks
+    if reach >= how.height:
+        return as_it_is
+    return data[: frame + 5] + reach.to_bytes(2, "big") + data[frame + 7 :], reach
+
+
+def _decodes(lower: bytes, height: int, width: int, buffer: np.ndarray) -> bool:
+    """Fill `buffer` from a shortened stream; whether that can be trusted.
+
+    The decoder complains of the bytes left over, and must have complained of nothing before: libjpeg tells the first
+    of its complaints.
+    """
+    try:
+        simplejpeg.decode_jpeg(lower, "RGB", False, False, height, width, 1, buffer)
+    except ValueError as error:
+        return str(error).endswith(_LEFT_OVER)
+    return False
 
 
 def tables_only(tables: bytes) -> bytes:

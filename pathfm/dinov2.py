@@ -71,10 +71,9 @@ class DinoV2(Dino):
         features, student, patch_student = self.student(views.global_, views.local, views.masks, hide=True)
         with torch.autocast(logits.device.type, enabled=False):
             seen, zero = features[: len(logits)], logits.new_zeros((), dtype=torch.float32)
-            masks = views.masks.flatten(0, 1).to(logits.device, non_blocking=True)
             parts = {
                 "dino": dino_loss(student, p, c.student_temperature),
-                "ibot": ibot_loss(patch_student, patch_p, masks, c.student_temperature),
+                "ibot": ibot_loss(patch_student, patch_p, views.masks.flatten(0, 1), c.student_temperature),
                 "koleo": sum(koleo(view) for view in seen) if c.koleo else zero,
                 "kde": sum(kde(view, c.kde_kappa) for view in seen) if c.kde else zero,
             }

@@ -6,12 +6,12 @@ Other layouts (overlapping tiles, several areas, strips) are left to OpenSlide.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -19,6 +19,7 @@ import tifffile
 from pathfm import decode, tilemap
 from pathfm.decode import CODECS, COLOURS, MARKERS, Damaged
 from pathfm.errors import InputError
+from pathfm.metadata import Unsupported, philips_spacings, properties_of, text_of
 from pathfm.source import Source
 from pathfm.tilemap import TileMap
 
@@ -33,11 +34,6 @@ OTHERS = {  # layouts that are more than a grid of tiles, by how their descripti
     "argos": ("65000", ""),
     "hamamatsu": ("65420", ""),
 }
-OME_UM = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4, "pm": 1e-6, "in": 25_400.0}
-
-
-class Unsupported(Exception):
-    """Why a slide's compressed tiles cannot be read from here; OpenSlide may know it."""
 
 
 class Directory(NamedTuple):
@@ -79,14 +75,13 @@ def read_directory(source: Source) -> Directory:
     Raises Unsupported where its layout or codec is another, and InputError, which names the slide, where what it says
     cannot be: no pixels, levels that disagree, tiles beyond the end of the file.
     """
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would log is said in the reason
-    with source.file() as file:
+    with source.file() as file, _unlogged("tifffile"):  # what it would log is said in the reason
         try:
             with tifffile.TiffFile(file, name=source.path) as tiff:
                 first = tiff.pages[0]
                 vendor = _vendor(first)
                 pages = _pages_of(vendor, tiff)
-                description, properties = first.description, _properties(vendor, first)
+                description, properties = first.description, properties_of(vendor, first)
                 facts = [_facts(page) for page in pages]
         except (Unsupported, InputError):
             raise
@@ -96,6 +91,21 @@ def read_directory(source: Source) -> Directory:
     kept = _usable(vendor, facts)
     maps = [_map(facts[k], sizes[k], k, source) for k in kept]
     return Directory(vendor, properties, [sizes[k] for k in kept], tilemap.join(maps))
+
+
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep a logger quiet about what this thread does meanwhile; it stays as it is for others."""
+    logger, own = logging.getLogger(name), threading.get_ident()
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 class Facts(NamedTuple):
@@ -145,23 +155,15 @@ def _codec(compression: int, photometric: int) -> tuple[int, int]:
     raise Unsupported(f"its codec is {compression} with colours of kind {photometric}")
 
 
-def _text(page, tag: str) -> str | None:
-    found = page.tags.get(int(tag) if tag.isdigit() else tag)
-    if found is None:
-        return None
-    value = found.value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
 def _vendor(page) -> str:
     """Who wrote the file, by its first page. Raises Unsupported for layouts that are more than a grid of tiles."""
     for vendor, (tag, sign) in OTHERS.items():
-        text = _text(page, tag)
+        text = text_of(page, tag)
         if text is not None and sign in text:
             raise Unsupported(f"its layout is {vendor}'s")
     if page.description.startswith("Aperio"):
         return "aperio"
-    if (_text(page, "Software") or "").startswith("Philips") and "DPUfsImport" in page.description:
+    if (text_of(page, "Software") or "").startswith("Philips") and "DPUfsImport" in page.description:
         return "philips"
     return "ome" if page.description.rstrip().endswith("OME>") else "generic-tiff"
 
@@ -192,69 +194,6 @@ def _chain(tiff: tifffile.TiffFile) -> Iterator[Any]:
             return
 
 
-def _properties(vendor: str, page) -> dict[str, str]:
-    """What says the scale, under OpenSlide's names."""
-    found = {"openslide.vendor": vendor}
-    if vendor == "aperio":
-        pairs = (part.split("=", 1) for part in page.description.split("|")[1:] if "=" in part)
-        values = {key.strip(): value.strip() for key, value in pairs}
-        mpp = values.get("MPP"), values.get("MPP")
-    elif vendor == "philips":
-        mpp = _spacings(page.description)[0]
-    elif vendor == "ome":
-        mpp = _ome_mpp(page.description)
-    else:
-        mpp = None, None
-    found |= {f"openslide.mpp-{axis}": str(value) for axis, value in zip("xy", mpp, strict=True) if value is not None}
-    unit = _text(page, "ResolutionUnit")
-    found["tiff.ResolutionUnit"] = {"3": "centimeter", "1": "none"}.get((unit or "2")[-1], "inch")
-    for axis in "XY":
-        tag = page.tags.get(f"{axis}Resolution")
-        if tag is not None and tag.value[1]:
-            found[f"tiff.{axis}Resolution"] = repr(tag.value[0] / tag.value[1])
-    return found
-
-
-def _ome_mpp(description: str) -> tuple[float | None, float | None]:
-    """um per pixel of the first image of OME-XML."""
-    pixels = next((node for node in _xml(description).iter() if node.tag.endswith("}Pixels")), None)
-    if pixels is None:
-        return None, None
-    sides = []
-    for axis in "XY":
-        unit = OME_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        size = pixels.get(f"PhysicalSize{axis}")
-        sides.append(float(size) * unit if size and unit else None)
-    return sides[0], sides[1]
-
-
-def _spacings(description: str) -> list[tuple[float, float]]:
-    """(x, y) um per pixel of each level of a Philips slide's first whole-slide image."""
-    for image in _xml(description).iter("DataObject"):
-        kinds = [node.text for node in image.findall("Attribute") if node.get("Name") == "PIM_DP_IMAGE_TYPE"]
-        if kinds != ["WSI"]:
-            continue
-        nodes = (
-            node
-            for level in image.iter("DataObject")
-            if level.get("ObjectType") == "PixelDataRepresentation"
-            for node in level.findall("Attribute")
-            if node.get("Name") == "DICOM_PIXEL_SPACING"
-        )
-        pairs = [re.findall(r"[\d.eE+-]+", node.text or "") for node in nodes]
-        if not pairs or any(len(pair) != 2 for pair in pairs):
-            break
-        return [(1e3 * float(across), 1e3 * float(down)) for down, across in pairs]
-    raise Unsupported("its description gives no spacing of pixels for its levels")
-
-
-def _xml(text: str) -> ElementTree.Element:
-    try:
-        return ElementTree.fromstring(text.encode("utf-8"))
-    except ElementTree.ParseError as error:
-        raise Unsupported(f"its description is no XML ({error})") from None
-
-
 def _sizes(vendor: str, levels: Sequence[Facts], description: str, path: str) -> list[tuple[int, int]]:
     """(width, height) of each level in pixels. Raises InputError where they cannot be levels of one image."""
     for k, level in enumerate(levels):
@@ -265,7 +204,7 @@ def _sizes(vendor: str, levels: Sequence[Facts], description: str, path: str) ->
             raise Unsupported(f"its compressed tiles have {sides[2]} x {sides[3]} px")
     sizes = [(level.width, level.height) for level in levels]
     if vendor == "philips":  # upper levels are padded to whole tiles; their spacing tells how far they go
-        spacings = _spacings(description)
+        spacings = philips_spacings(description)
         if len(spacings) != len(levels):
             raise Unsupported(f"it describes {len(spacings)} levels and has {len(levels)}")
         downs = [round((x / spacings[0][0] + y / spacings[0][1]) / 2) for x, y in spacings]

@@ -29,6 +29,7 @@ from pathfm.positions import count, integral, least_area, span
 from pathfm.sampling import footprint
 from pathfm.slide import MAX_UPSAMPLE
 from pathfm.stream import Tile, TileName, TileStream
+from pathfm.tissue import area_mm2
 
 SHOWN = 12  # tiles shown large; all are drawn on the slide
 OVERVIEW_PX = 640  # longest side of the slide's picture
@@ -315,7 +316,7 @@ def _bar(ax: Axes, x: float, y: float, tile_px: int, mpp: float) -> None:
 
 
 def _headline(look: Look) -> str:
-    s, area = look.settings, np.count_nonzero(look.mask) * (look.um_per_px / 1000) ** 2
+    s, area = look.settings, area_mm2(look.mask, look.um_per_px)
     share = look.centres[look.mask].mean()
     return f"{s.slide_id}: {area:.1f} mm² of tissue, tiles can be centred on {share:.0%}. Positions:"
 

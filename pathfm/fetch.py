@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,8 @@ def _items(what, folder: Path, session, tries: int, gdc_url: str, token: str | N
         else:
             testdata = testdata or _testdata(session, tries, testdata_url)
             items.append(_testdata_item(given, folder, testdata, testdata_url))
-    paths = [item.path for item in items]
-    for path in paths:
-        if paths.count(path) > 1:
+    for path, times in Counter(item.path for item in items).most_common(1):
+        if times > 1:
             raise InputError(f"{path.name} would be fetched twice to {path}; give it once")
     return items
 

@@ -42,6 +42,7 @@ METHOD_COLOURS = {
     "colour + LBP": "#D55E00",
     "random weights": "#56B4E9",
     "pretrained": "#0072B2",
+    "teacher": "#0072B2",  # of a recorded run
     "oracle": "#009E73",
 }
 PALETTE = {**CLASS_COLOURS, **METHOD_COLOURS}
@@ -78,7 +79,7 @@ def figures_dir() -> Path:
 def save(fig: Figure, name: str, folder: str | Path | None = None, dpi: int | None = None) -> Path:
     """Writes <folder>/<name>.svg and .png and returns the PNG's path. Same figure, same bytes.
 
-    Pictures of tissue are kept in 256 colours where they would be large, so that a repository can hold them.
+    Large pictures of tissue become JPEG in the SVG and 256 colours in the PNG, so that a repository can hold them.
     """
     folder = Path(folder) if folder else figures_dir()
     # A date in the metadata would change the file at every run.
@@ -86,15 +87,25 @@ def save(fig: Figure, name: str, folder: str | Path | None = None, dpi: int | No
     fig.savefig(svg, format="svg", metadata={"Date": None}, dpi=dpi)
     fig.savefig(png, format="png", metadata={"Software": None}, dpi=dpi)
     with atomic(folder / f"{name}.svg") as file:
-        file.write(re.sub(rb"(?<=data:image/png;base64,)[^\"]+", _smaller, svg.getvalue()))
+        file.write(re.sub(rb"data:image/png;base64,([^\"]+)", _smaller, svg.getvalue()))
     with atomic(folder / f"{name}.png") as file:
         file.write(png.getvalue() if len(png.getvalue()) < LARGE else compact(png.getvalue()))
     return folder / f"{name}.png"
 
 
 def _smaller(embedded: re.Match) -> bytes:
-    picture = base64.b64decode(embedded[0])
-    return base64.b64encode(picture if len(picture) < LARGE // 40 else compact(picture))
+    """An embedded PNG, as JPEG where that is smaller; charts stay exact, since as PNG they are smaller."""
+    png = base64.b64decode(embedded[1])
+    if len(png) < LARGE // 40:
+        return embedded[0]
+    with PIL.Image.open(io.BytesIO(png)) as picture:
+        if _transparent(picture):
+            return embedded[0]
+        jpeg = io.BytesIO()
+        picture.convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0)
+    if len(jpeg.getvalue()) >= len(png):
+        return embedded[0]
+    return b"data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue())
 
 
 def show(fig: Figure, name: str, dpi: int | None = None) -> None:
@@ -108,13 +119,17 @@ def show(fig: Figure, name: str, dpi: int | None = None) -> None:
     display(Image(data=compact(buffer.getvalue())))
 
 
+def _transparent(picture: PIL.Image.Image) -> bool:
+    return picture.convert("RGBA").getextrema()[3][0] < 255
+
+
 def compact(png: bytes) -> bytes:
     """A picture in 256 colours: for histology a third of the size, and at a notebook's size no loss to be seen.
 
     One that is transparent anywhere stays as it is.
     """
     with PIL.Image.open(io.BytesIO(png)) as picture:
-        if picture.convert("RGBA").getextrema()[3][0] < 255:
+        if _transparent(picture):
             return png
         # Maximum coverage keeps the rare colours of legends and frames, which the median cut would merge.
         small = picture.convert("RGB").quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=1)

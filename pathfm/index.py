@@ -8,7 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -17,28 +17,22 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from pathfm import jobs, positions, stores, tilemap, tissue
+from pathfm import jobs, positions, scan, tilemap, tissue
 from pathfm.cohort import TEXT, Cohort, select
 from pathfm.errors import InputError, nearest
-from pathfm.sampling import footprint
+from pathfm.scan import ARRAYS, STANDARD_MPP, VERSION
 from pathfm.slide import Slide
 from pathfm.source import open_all
 from pathfm.storage import atomic, cache_dir, explained, progress, read_json, write_json
 from pathfm.tilemap import Shift, TileMap
 
-VERSION = 4  # of what is stored and how masks are made; an index of another version is made anew
-STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
-STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 HEADER_BYTES = 1024  # of a .npy whose length is known when it is written
-LEAST_SIDE_PX = 64  # no tile fits a smaller slide
 OPEN_SLIDES = 32  # handles kept per process
-PICTURE_PX = 384  # longest side of the picture of a slide that its scan keeps
 WORTH_PROCESSES = 300 * 2**20  # bytes of slides; fewer are indexed sooner than processes start
 
 # Columns that hold whole numbers.
 WHOLE = ["width_px", "height_px", "cell_px", "mask_start", "mask_words", "first_level", "bytes"]
 WHOLE += [f"positions@{mpp}" for mpp in STANDARD_MPP]
-ARRAYS = ("mask", "picture", "spoilt", *tilemap.FILES)  # of a scan; all else in it is a column
 READING = ["reader", "fallback", "codec", "scales", "tag"]  # columns that say how a slide is read
 
 
@@ -79,7 +73,8 @@ class SlideIndex:
                    the slides under the same paths and have the same pathfm; `folder` is written here alone
         checksums  store a CRC-32 of every compressed tile, 4 bytes each, against which every read is held: any
                    changed byte is then an error. All files are read once. Without, damage is found where the file
-                   or the decoder can show it, and a flipped bit may pass as another picture
+                   or the decoder can show it in the rows that a read needs, and a flipped bit may pass as
+                   another picture
 
         A slide that cannot be read is quarantined with its reason, and so is one that ends the process reading it.
         Raises InputError where that is every one, `folder` cannot be written, or the scheduler is not to be had.
@@ -88,7 +83,7 @@ class SlideIndex:
         found, todo, size = {}, {}, 0
         for row, source in zip(cohort, open_all(cohort.table["path"].tolist()), strict=True):
             if isinstance(source, InputError):
-                found[row.slide_id] = str(source).replace(row.path, _name(row.path))
+                found[row.slide_id] = str(source).replace(row.path, scan.shown_name(row.path))
                 continue
             mpp = getattr(row, "mpp", None)
             part = folder / "parts" / _part(source.identity, mpp, checksums)
@@ -98,7 +93,7 @@ class SlideIndex:
                 todo[row.slide_id] = row.path, mpp, checksums, part.name, VERSION
                 size += source.size
             source.close()
-        results = jobs.run(_scan_or_reason, todo, _crash, _workers(size, workers, scheduler), scheduler)
+        results = jobs.run(scan.scan_or_reason, todo, _crash, _workers(size, workers, scheduler), scheduler)
         with contextlib.closing(results):
             for slide_id, result in progress(results, "indexing", len(todo), "slide"):
                 found[slide_id] = result if isinstance(result, str) else _keep(folder / "parts", *result)
@@ -157,7 +152,7 @@ class SlideIndex:
         return {kind: flags & (1 << bit) != 0 for bit, kind in enumerate(tissue.KINDS)}
 
     def picture(self, slide_id: str) -> np.ndarray:
-        """The slide as its scan saw it, (h, w, 3) uint8, PICTURE_PX on its longer side unless its mask is smaller.
+        """The slide as its scan saw it, (h, w, 3) uint8, scan.PICTURE_PX on its longer side unless its mask is smaller.
 
         Covers what the mask covers. The slide itself is not opened.
         """
@@ -169,7 +164,7 @@ class SlideIndex:
         return _OPEN.get((row.path, row.mpp, row.tag), lambda: self._slide(row))
 
     def _slide(self, row) -> Slide:
-        downsamples, scales = row.levels.split(), [int(scale) for scale in row.scales.split()]
+        downsamples, scales = _numbers(row.levels, float), _numbers(row.scales, int)
         tiles = self.tiles if row.reader == "ranges" else None
         first = row.first_level if tiles is not None else 0
         size = row.width_px, row.height_px, row.mpp
@@ -209,6 +204,11 @@ class SlideIndex:
         if row.status != "ok":
             raise InputError(f"slide '{slide_id}' is quarantined: {row.reason}")
         return row
+
+
+@lru_cache(maxsize=1024)
+def _numbers(text: str, kind: type) -> tuple:
+    return tuple(map(kind, text.split()))
 
 
 def _columns(rows: list[dict]) -> list[str]:
@@ -263,130 +263,8 @@ def _workers(size: int, workers: int | None, scheduler: str | None) -> int:
     return (os.cpu_count() or 1) if size > WORTH_PROCESSES else 0
 
 
-def _scan_or_reason(path: str, mpp, checksums: bool, part: str, version: int) -> tuple[str, dict] | str:
-    """The name and content of the part, or why this slide is quarantined: whatever a file does, others go on.
-
-    The part is named by the file as it was before: one that changes meanwhile is read again.
-    """
-    if version != VERSION:
-        raise InputError(f"a worker makes indexes of version {VERSION}, not {version}; install the same pathfm there")
-    try:
-        return part, _scan(path, None if mpp is None or pd.isna(mpp) else mpp, checksums)
-    except InputError as error:
-        return str(error).replace(str(path), _name(path))
-    except Exception as error:
-        return f"{_name(path)} cannot be indexed ({type(error).__name__}: {error}); look at it and leave it out"
-
-
 def _crash(path: str, *_) -> str:
-    return f"{_name(path)} crashes its reader; fetch the file again or leave it out"
-
-
-def _name(path: str) -> str:
-    """A slide's file as reasons give it: without folders, and without what is secret in an address."""
-    return stores.shown(path) if stores.is_address(path) else Path(path).name
-
-
-def _scan(path: str, mpp: float | None, checksums: bool) -> dict:
-    """A slide's geometry, packed mask and counts. Raises InputError with the reason where it is no use."""
-    with Slide.open(path, mpp) as slide:
-        size = slide.width_px, slide.height_px
-        if min(size) < LEAST_SIDE_PX:
-            raise InputError(f"{path} is {size[0]} x {size[1]} px, too small for any tile; leave it out")
-        _touch_corners(slide)
-        cell = max(1, round(tissue.UM_PER_PX / slide.mpp))
-        um_per_px = cell * slide.mpp
-        rgb = slide.thumbnail(um_per_px)
-        fine = um_per_px / tissue.DETAIL >= slide.mpp
-        mask, artefacts = tissue.segment(rgb, um_per_px, partial(_detail, slide, cell) if fine else None)
-        if not mask.any():
-            raise InputError(f"{path} shows no tissue; look at its thumbnail and leave it out")
-        found = {
-            "width_px": size[0],
-            "height_px": size[1],
-            "mpp": slide.mpp,
-            "levels": " ".join(f"{d:.10g}" for d in slide.level_downsamples),
-            "cell_px": cell,
-            "tissue_mm2": round(tissue.area_mm2(mask, um_per_px), 4),
-        }
-        found |= {f"{kind}_mm2": round(tissue.area_mm2(m, um_per_px), 4) for kind, m in artefacts.items()}
-        for asked in STANDARD_MPP:
-            found[f"positions@{asked}"] = _standard_count(mask, cell, slide, asked)
-        found |= {
-            "reader": slide.reader,
-            "fallback": slide.fallback,
-            "codec": slide.codec,
-            "scales": " ".join(map(str, slide.scales)),
-            "tag": slide.version[0] if slide.version else "",
-            "bytes": slide.version[1] if slide.version else 0,
-        }
-        tiles = slide.tiles or tilemap.empty()
-        if checksums and slide.tiles is not None:
-            tiles = tiles._replace(checks=slide.checks())
-        return found | {
-            "mask": positions.pack(mask).reshape(-1),
-            "mask_words": -(-mask.shape[1] // 64),
-            "picture": _picture(rgb),
-            "spoilt": _flags(artefacts),
-            **_named(tiles),
-        }
-
-
-def _picture(rgb: np.ndarray) -> np.ndarray:
-    """A thumbnail as the bytes of a JPEG, PICTURE_PX on its longer side at most."""
-    scale = min(PICTURE_PX / max(rgb.shape[:2]), 1)
-    size = [max(round(side * scale), 1) for side in rgb.shape[1::-1]]
-    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
-
-
-def _flags(artefacts: dict[str, np.ndarray]) -> np.ndarray:
-    """Masks as the bytes of a PNG, one bit a kind."""
-    flags = sum(artefacts[kind].astype(np.uint8) << bit for bit, kind in enumerate(tissue.KINDS))
-    return cv2.imencode(".png", flags)[1]
-
-
-def _detail(slide: Slide, cell: int, mask: np.ndarray, glass: np.ndarray) -> np.ndarray:
-    """`tissue.detail` of the whole slide, read in strips where there is tissue."""
-    height, width = mask.shape
-    found = np.zeros((2, height, width), np.float32)
-    finer = cell * slide.mpp / tissue.DETAIL
-    margin = 4  # mask pixels, so that strips agree where they meet
-    for top in range(0, height, 256):
-        bottom = min(top + 256, height)
-        columns = np.flatnonzero(mask[top:bottom].any(axis=0))
-        if not len(columns):
-            continue
-        left, right = columns[0], columns[-1] + 1
-        rgb = slide.region(
-            (left - margin) * cell,
-            (top - margin) * cell,
-            (right - left + 2 * margin) * tissue.DETAIL,
-            (bottom - top + 2 * margin) * tissue.DETAIL,
-            finer,
-            resample="always",  # the same filter whichever levels there are: focus is judged by it
-        )
-        inner = tissue.detail(rgb, glass)[:, margin:-margin, margin:-margin]
-        found[:, top:bottom, left:right] = inner
-    return found
-
-
-def _touch_corners(slide: Slide) -> None:
-    """Read the last pixels of every level, which a file cut short no longer has."""
-    for down in slide.level_downsamples:
-        slide.read(slide.width_px - 8 * down, slide.height_px - 8 * down, 8, slide.mpp * down)
-
-
-def _standard_count(mask: np.ndarray, cell: int, slide: Slide, mpp: float) -> int:
-    found = footprint(slide.mpp, slide.level_downsamples, STANDARD_TILE_PX, mpp, scales=slide.scales)
-    if found is None:
-        return 0
-    grid, side = found
-    return positions.count(mask, cell, (slide.width_px, slide.height_px), side, grid, STANDARD_MIN_TISSUE)
-
-
-def _named(tiles: TileMap) -> dict[str, np.ndarray]:
-    return {f"tilemap.{name}": array for name, array in tiles._asdict().items()}
+    return f"{scan.shown_name(path)} crashes its reader; fetch the file again or leave it out"
 
 
 def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
@@ -437,7 +315,7 @@ def _append(files: dict[str, IO], parts: Iterable[Path]) -> None:
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
             tiles = TileMap(*(part[name] for name in tilemap.FILES))
-            arrays = {"mask": part["mask"], **_named(before.move(tiles))}
+            arrays = {"mask": part["mask"], **scan.named(before.move(tiles))}
             before = before.after(tiles)
         for name, array in arrays.items():
             files[name].write(np.ascontiguousarray(array).view(np.uint8).data)

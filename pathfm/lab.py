@@ -8,6 +8,8 @@ from torch import Tensor
 # Linear sRGB to XYZ over the white of daylight D65, so that white is (1, 1, 1): IEC 61966-2-1, CIE 15.
 WHITE = (0.95047, 1.0, 1.08883)
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+TO_XYZ = torch.tensor(XYZ, dtype=torch.float64) / torch.tensor(WHITE, dtype=torch.float64)[:, None]
+TO_RGB = TO_XYZ.inverse()
 BEND = 6 / 29  # where the cube root gives way to a line
 LEAST_SPREAD = 1.0  # of L, a, b: a tile without contrast is moved, not blown up; ours
 
@@ -15,7 +17,7 @@ LEAST_SPREAD = 1.0  # of L, a, b: a tile without contrast is moved, not blown up
 def from_rgb(x: Tensor) -> Tensor:
     """L, a, b (n, 3, h, w) of sRGB in [0, 1]: L from 0 to 100, a and b some -100 to 100."""
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    xyz = torch.einsum("ij,njhw->nihw", _to_xyz(x), linear)
+    xyz = torch.einsum("ij,njhw->nihw", TO_XYZ.to(x), linear)
     f = torch.where(xyz > BEND**3, xyz.clamp(min=1e-6) ** (1 / 3), xyz / (3 * BEND**2) + 4 / 29)
     return torch.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
@@ -25,7 +27,7 @@ def to_rgb(x: Tensor) -> Tensor:
     y = (x[:, 0] + 16) / 116
     f = torch.stack([y + x[:, 1] / 500, y, y - x[:, 2] / 200], 1)
     xyz = torch.where(f > BEND, f**3, 3 * BEND**2 * (f - 4 / 29))
-    linear = torch.einsum("ij,njhw->nihw", _to_xyz(x).inverse(), xyz).clamp(0, 1)
+    linear = torch.einsum("ij,njhw->nihw", TO_RGB.to(x), xyz).clamp(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=1e-6) ** (1 / 2.4) - 0.055, 12.92 * linear)
 
 
@@ -62,7 +64,3 @@ def given(x: Tensor, chosen: Tensor, own: Tensor, wanted: Tensor) -> Tensor:
         y = (from_rgb(x[rows]) - mean[..., None, None]) * stretch[..., None, None] + target[..., None, None]
         x[rows] = to_rgb(y)
     return x
-
-
-def _to_xyz(x: Tensor) -> Tensor:
-    return x.new_tensor(XYZ) / x.new_tensor(WHITE)[:, None]

@@ -60,7 +60,8 @@ def ibot_loss(student: Tensor, teacher: Tensor, masks: Tensor, temperature: floa
 
     student  (M, K) logits of the M hidden patches of all images, in the order of `masks`
     teacher  (M, K) probabilities at the same places
-    masks    (I, N) True where a patch of an image was hidden; an image without any counts as 0
+    masks    (I, N) True where a patch of an image was hidden, best on the CPU, where counting them keeps no GPU
+             waiting; an image without any counts as 0
 
     Zhou et al. 2022 (iBOT), eq. 2; the means as in DINOv2's code.
     """

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
-from pathfm import checkpoint, logbook, stores
+from pathfm import card, checkpoint, logbook, stores
 from pathfm.augment import MultiCrop, scale_table
 from pathfm.cohort import patient_of
 from pathfm.config import SMOKE, PretrainConfig, make_config
@@ -31,9 +32,10 @@ from pathfm.dinov2 import DinoV2
 from pathfm.errors import InputError
 from pathfm.export import export, load
 from pathfm.schedules import schedule, set_rates
-from pathfm.storage import cache_dir, progress, read_json, write_json
+from pathfm.storage import cache_dir, read_json, write_json
+from pathfm.story import Progress, Story, memory_gb
 from pathfm.vit import set_attention
-from pathfm.watches import Watch
+from pathfm.watches import Watch, collapsed
 
 __all__ = ["SMOKE", "PretrainConfig", "Run", "pretrain"]
 
@@ -120,7 +122,7 @@ class Training:
         set_attention(self.model, self.fused)
         self.named = {name: p for name, p in self.model.student.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(self.model.groups(), lr=config.lr)
-        self.step = 0
+        self.step, self.story = 0, None
         if saved is not None:
             self._restore(*saved)
 
@@ -129,12 +131,13 @@ class Training:
         config, folder = self.config, self.folder
         self._describe(stream)
         log, speed, looks = (logbook.Logbook(folder / f"{name}.csv", self.step) for name in ("log", "speed", "watches"))
+        self.story = Story(folder, self.step)
         if watch and not self.step:
-            looks.add({"step": 0, **watch.look(self.model, config)})
+            self._look(watch, looks)
         batches = iter(self._batches(stream))
         multicrop = MultiCrop(config, self.model.patch_px)
         steps = range(self.step, config.steps)
-        bar = progress(steps, desc=f"{folder.name}, step {self.step} to {config.steps}", unit="step")
+        bar = Progress(steps, f"{folder.name}, step {self.step} to {config.steps}")
         for step in bar:
             start = time.perf_counter()
             batch = next(batches)
@@ -142,36 +145,35 @@ class Training:
             row = self._one(step, batch, multicrop)
             self.step = step + 1
             spent = time.perf_counter() - start
-            log.add({"step": self.step, **row})
-            speed.add(
-                {
-                    "step": self.step,
-                    "tiles_per_s": round(config.batch_size / spent, 3),
-                    "data_wait": round(waited / spent, 4),
-                    "seconds": round(spent, 4),
-                }
-            )
-            if hasattr(bar, "set_postfix_str"):
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {config.batch_size / spent:.0f} tiles/s", refresh=False)
+            pace = {
+                "tiles_per_s": round(config.batch_size / spent, 3),
+                "data_wait": round(waited / spent, 4),
+                "seconds": round(spent, 4),
+                "memory_gb": round(memory_gb(self.device), 3),
+            }
+            for name, book, numbers in (("train", log, row), ("speed", speed, pace)):
+                book.add({"step": self.step, **numbers})
+                self.story.add(name, self.step, numbers)
+            bar.tell(f"loss {row['loss']:.3f}, {config.batch_size / spent:.0f} tiles/s, {waited / spent:.0%} waiting")
             if watch and (self.step % config.watch_every == 0 or self.step == config.steps):
-                looks.add({"step": self.step, **watch.look(self.model, config)})
+                self._look(watch, looks)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 for book in (log, speed, looks):
                     book.settle()
                 self._save()
-        for book in (log, speed, looks):
+        for book in (log, speed, looks, self.story):
             book.close()
-        params = read_json(folder / "params.json")
-        export(
-            self.model.teacher.backbone,
-            folder / "teacher",
-            {
-                "Recipe": {**dataclasses.asdict(config), "init": params["init"]},
-                "Start": params["init"],
-                "Tiles": params["stream"],
-                "Provenance": params["sessions"],
-            },
-        )
+        about = card.of_run(read_json(folder / "params.json"), logbook.read(folder / "watches.csv"))
+        export(self.model.teacher.backbone, folder / "teacher", about)
+
+    def _look(self, watch: Watch, looks: logbook.Logbook) -> None:
+        """A look at the validation tiles; warns where the teacher is collapsing."""
+        seen = watch.look(self.model, self.config)
+        looks.add({"step": self.step, **seen})
+        self.story.add("watch", self.step, seen)
+        wrong = collapsed(logbook.read(looks.path).iloc[0], seen, self.config)
+        if wrong:
+            warnings.warn(f"step {self.step}: {wrong}", stacklevel=2)
 
     def _one(self, step: int, batch: Any, multicrop: MultiCrop) -> dict[str, float]:
         """One optimiser step, and its row of the log."""
@@ -179,6 +181,8 @@ class Training:
         torch.manual_seed(key(config.seed, STEP_DEPTH, step))
         images = batch.image.to(self.device, non_blocking=True)
         views = multicrop(images, batch.mpp, torch.Generator().manual_seed(key(config.seed, STEP_VIEWS, step)))
+        if self.story and not step:
+            self.story.show(views)
         set_rates(self.optimiser.param_groups, now)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             outcome = model(views, now)
@@ -397,6 +401,7 @@ def _told(stream: Any) -> dict[str, Any]:
         slides = stream.slides
         told |= {"settings": repr(stream), "slides": len(slides), "patients": patient_of(slides).nunique()}
         told |= {"centres": sorted(map(str, slides["centre"].unique()))} if "centre" in slides else {}
+        told |= {"tissue": card.tissue_of(slides)}
     if hasattr(stream, "mixture"):
         told |= {"mixture": stream.mixture.round(4).to_dict("records")}
     if hasattr(stream, "settings"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from pathfm import uni
 from pathfm.errors import InputError
 from pathfm.errors import nearest as nearest_name
 from pathfm.metrics import CONSTANT, balanced_accuracy, finite
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "cross_validate",
     "cross_validate_within",
+    "eva",
+    "few_shot",
     "floor_predictions",
     "floors",
     "interval",
@@ -35,9 +38,12 @@ __all__ = [
     "knn_accuracy",
     "leakage",
     "linear",
+    "logistic",
     "paired",
     "pooled",
+    "retrieval",
     "scores",
+    "simpleshot",
 ]
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 penalty on standardised features; ours, fixed
@@ -73,13 +79,105 @@ def linear(features: Features, seed: int = 0, grid: Sequence[float] = C_GRID) ->
     return _prediction(features, "linear", test, answers, seed, {"C": chosen, "validate": best})
 
 
-def knn(features: Features, seed: int = 0, k: int = 20) -> Prediction:
-    """The majority of the k nearest probe-train tiles by cosine, answers on test. Nothing is chosen."""
+def knn(features: Features, seed: int = 0, k: int = 20, centred: bool = False) -> Prediction:
+    """The majority of the k nearest probe-train tiles by cosine, answers on test. Nothing is chosen.
+
+    centred  on the mean of probe-train first, as UNI's neighbours are
+    """
     train, validate, test = (_rows(features, role) for role in ("probe-train", "validate", "test"))
     x, y = finite(features.x), features.y
+    if centred:
+        x = x - x[train].mean(axis=0)
     found = {name: vote(*nearest(x[train], x[rows], k), y[train]) for name, rows in (("v", validate), ("t", test))}
     settings = {"k": k, "validate": balanced_accuracy(y[validate], found["v"])}
-    return _prediction(features, "kNN", test, found["t"], seed, settings)
+    return _prediction(features, "kNN (centred)" if centred else "kNN", test, found["t"], seed, settings)
+
+
+def eva(
+    features: Features, name: str = "eva-2026", seed: int = 0, device: str = "cpu", slides: bool = False, **changes
+) -> Prediction:
+    """A linear head by a protocol of eva, all runs at once; answers on test or, where there is none, on validate.
+
+    name     one of `pathfm.protocols.PROTOCOLS`
+    slides   20 runs, as eva has for slides
+    changes  to the protocol, such as lr or runs; the answers' settings hold it as it ran
+
+    The score is the mean of the runs', for `right` of the table is the share of them that are right; `predicted` is
+    what most of them say. Runs are noise of the optimiser, and no seeds: settings have their `scores` one by one, and
+    the steps at which each head was `kept` and each run `stopped`. A score on validate is of the tiles that chose it:
+    settings say what it is `reported on`. Raises InputError where a role lacks a class.
+    """
+    from pathfm import heads
+    from pathfm.protocols import protocol
+
+    role = _reported(features)
+    rows = {one: np.flatnonzero(_rows(features, one, whole=True)) for one in ("probe-train", "validate", role)}
+    train, validate, asked = rows["probe-train"], rows["validate"], rows[role]
+    y, classes = features.y, len(features.tiles.classes)
+    chosen = protocol(name, len(train), len(validate), classes)
+    chosen = replace(chosen, **({"runs": 20} if slides else {}), **changes)
+    found = heads.fit(chosen, features.x, y, train, validate, seed, device=device)
+    said = found.answers(features.x, asked)[0]
+    right = said == y[asked]
+    most = (said[..., None] == np.arange(classes)).sum(axis=0).argmax(axis=1)
+    settings = {
+        **asdict(chosen),
+        "reported on": role,
+        "validate": float(found.validate.mean()),
+        "scores": [balanced_accuracy(y[asked], one) for one in said],
+        "kept": found.kept[0].tolist(),
+        "stopped": found.stopped[0].tolist(),
+    }
+    answer = _prediction(features, name, asked, most, seed, settings)
+    return replace(answer, table=answer.table.assign(right=right.mean(axis=0)))
+
+
+def logistic(features: Features, seed: int = 0) -> Prediction:
+    """UNI's linear probe: `pathfm.uni.logistic` on probe-train and validate together, answers on test.
+
+    Where there is no test it learns from probe-train alone and answers on validate.
+    """
+    role, train = _reported(features), _rows(features, "probe-train")
+    if role == "test":
+        train = train | _rows(features, "validate")
+    asked = _rows(features, role)
+    fitted = uni.logistic(features.x[train], features.y[train])
+    settings = {"reported on": role, "objective": fitted.objective}
+    return _prediction(features, "logistic", asked, fitted.answers(features.x[asked]), seed, settings)
+
+
+def simpleshot(features: Features, seed: int = 0) -> Prediction:
+    """The class whose mean over probe-train is nearest, after centring and normalising; answers on test or validate."""
+    role, train = _reported(features), _rows(features, "probe-train")
+    asked = _rows(features, role)
+    said = uni.simpleshot(features.x[train], features.y[train], features.x[asked])
+    return _prediction(features, "SimpleShot", asked, said, seed, {"reported on": role})
+
+
+def few_shot(
+    features: Features, shots: Sequence[int] | None = None, episodes: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Balanced accuracy of `simpleshot` from few images: a row a number of shots, over episodes that draw them anew.
+
+    shots  images a class; None takes the powers of two up to the smallest class of probe-train
+    low and high hold 95 % of the episodes: they tell of the draw, not of the patients
+    """
+    train, asked = _rows(features, "probe-train"), _rows(features, _reported(features), True)
+    y = features.y
+    if shots is None:
+        shots = 2 ** np.arange(int(np.log2(np.bincount(y[train]).min())) + 1)
+    rows = []
+    for n in shots:
+        found = uni.episodes(features.x[train], y[train], features.x[asked], y[asked], int(n), episodes, seed)
+        low, high = np.quantile(found, [0.025, 0.975])
+        rows.append({"shots": int(n), "balanced_accuracy": found.mean(), "sd": found.std(), "low": low, "high": high})
+    return pd.DataFrame(rows).assign(episodes=episodes, n_tiles=int(asked.sum()))
+
+
+def retrieval(features: Features, ks: Sequence[int] = (1, 3, 5)) -> dict[str, float]:
+    """`pathfm.uni.retrieval` of test (or validate) among probe-train."""
+    train, asked = _rows(features, "probe-train"), _rows(features, _reported(features))
+    return uni.retrieval(features.x[train], features.y[train], features.x[asked], features.y[asked], ks)
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k: int = 20) -> float:
@@ -108,9 +206,8 @@ def pooled(
     from pathfm.features import extract, pools
 
     network = load(model)[0] if isinstance(model, (str, Path)) else model
-    source = str(model) if isinstance(model, (str, Path)) else model
     pool = "both" if getattr(network, "cls_token", None) is not None else "mean"
-    found = pools(extract(source, tiles, preprocess, pool, name, folder))
+    found = pools(extract(model, tiles, preprocess, pool, name, folder))
     return max(found, key=lambda features: probe(features).settings["validate"])
 
 
@@ -234,24 +331,30 @@ def _fit(x: np.ndarray, y: np.ndarray, c: float, warm: LogisticRegression | None
         return model.set_params(C=c).fit(x, y)
 
 
-def _rows(features: Features, role: str) -> np.ndarray:
-    """(N,) bool. Raises InputError where the role is missing, or is probe-train and lacks a class."""
+def _reported(features: Features) -> str:
+    """The role that scores are of: test, or validate where no tile is for testing."""
+    table = features.table
+    return "test" if "role" not in table or (table["role"] == "test").any() else "validate"
+
+
+def _rows(features: Features, role: str, whole: bool = False) -> np.ndarray:
+    """(N,) bool. Raises InputError where the role is missing, or lacks a class and is probe-train or must be whole."""
     table = features.table
     rows = (table["role"] == role).to_numpy() if "role" in table else np.zeros(len(table), bool)
     if not rows.any():
         raise InputError(f"no tile of {features.tiles.name} has the role {role}; draw roles with .split(by='patient')")
     absent = np.setdiff1d(features.y, features.y[rows])
-    if role == "probe-train" and len(absent):
+    if (whole or role == "probe-train") and len(absent):
         label = features.tiles.classes[absent[0]]
         raise InputError(f"{features.tiles.name}: no tile of class {label} has the role {role}; draw roles anew")
     return rows
 
 
 def _prediction(
-    features: Features, probe: str, test: np.ndarray, answers: np.ndarray, seed: int, settings: dict
+    features: Features, probe: str, rows: np.ndarray, answers: np.ndarray, seed: int, settings: dict
 ) -> Prediction:
     classes = np.array(features.tiles.classes)
-    table = features.table[test]
+    table = features.table.iloc[rows]
     return Prediction(
         name=features.name,
         probe=probe,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +18,9 @@ from pathfm.decode import Damaged, decode
 from pathfm.errors import InputError
 from pathfm.resample import extent, resample
 from pathfm.source import arriving
-from pathfm.tilemap import Wanted, cover
+from pathfm.tilemap import Piece, Wanted, cover
 
-FETCHERS = 4  # batches whose bytes are on their way at a time, from slides that lie elsewhere
+FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
 SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
 WHITE = 255  # what is beyond the slide, and where it has no compressed tile
 
@@ -66,17 +66,24 @@ def frame(job: Job) -> Frame:
     return Frame(Wanted(plan.level, plan.scale, columns[0], rows[0], *size), (left - columns[0], top - rows[0], step))
 
 
-class Piece(NamedTuple):
-    """A compressed tile and where it goes; the columns of `tilemap.cover`."""
+class Batch(NamedTuple):
+    """Jobs, what to decode for each, and the compressed tiles that hold it: none where OpenSlide reads."""
 
-    job: int
-    level: int  # in the map
-    scale: int
-    tile: int
-    start: int
-    length: int
-    x: int
-    y: int
+    jobs: Sequence[Job]
+    frames: list[Frame]
+    pieces: list[list[Piece]]
+
+
+class Begun(NamedTuple):
+    """A batch whose bytes are on their way."""
+
+    batch: Batch
+    data: dict[str, Callable[[], dict]]  # see `fetched`
+
+    @property
+    def bytes(self) -> int:
+        """Of compressed tiles, those that several jobs need counted for each."""
+        return sum(piece.length for own in self.batch.pieces for piece in own)
 
 
 def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
@@ -84,67 +91,81 @@ def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
 
     Raises InputError, which names the slide, where it is damaged or has changed.
     """
-    frames = [frame(job) for job in jobs]
-    pieces = _pieces(jobs, frames)
-    fetched = _fetch(jobs, pieces)
-    shared = _decoded_ahead(jobs, pieces, fetched, threads)
+    return finish(begin(jobs, threads), threads)
+
+
+def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
+    """Ask for the bytes of jobs, and wait for none that lie elsewhere; `finish` gives the pixels."""
+    batch = planned(jobs)
+    return Begun(batch, fetched(batch, threads))
+
+
+def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
+    """What `read` returns, of jobs that were begun."""
+    batch, data = begun
+    jobs, shared = batch.jobs, _decoded_ahead(batch, data, threads)
 
     def paint(k: int) -> np.ndarray:
-        return _paint(jobs[k], frames[k], pieces[k], fetched.get(jobs[k].slide.path), shared)
+        return _paint(jobs[k], batch.frames[k], batch.pieces[k], data.get(jobs[k].slide.path), shared)
 
     return _each(paint, range(len(jobs)), threads)
 
 
-def _pieces(jobs: Sequence[Job], frames: Sequence[Frame]) -> list[list[Piece]]:
-    """The compressed tiles of each job; none where OpenSlide reads."""
-    found: list[list[Piece]] = [[] for _ in jobs]
+def planned(jobs: Sequence[Job]) -> Batch:
+    """What reading `jobs` takes. No file is touched."""
+    batch = Batch(jobs, [frame(job) for job in jobs], [[] for _ in jobs])
     maps: dict[int, list[int]] = {}
     for k, job in enumerate(jobs):
         if job.slide.tiles is not None:
             maps.setdefault(id(job.slide.tiles), []).append(k)
     for members in maps.values():
         tiles = jobs[members[0]].slide.tiles
-        wanted = np.array([frames[k].rectangle for k in members], np.int64)
+        wanted = np.array([batch.frames[k].rectangle for k in members], np.int64)
         wanted[:, 0] += [jobs[k].slide.first_level for k in members]
         for row in cover(tiles.levels, tiles.anchors, tiles.codes, wanted).tolist():
-            found[members[row[0]]].append(Piece._make(row))
-    return found
+            batch.pieces[members[row[0]]].append(Piece._make(row))
+    return batch
 
 
-def _fetch(jobs: Sequence[Job], pieces: Sequence[list[Piece]]) -> dict[str, Callable[[], dict]]:
+def fetched(batch: Batch, threads: int = 1) -> dict[str, Callable[[], dict[tuple[int, int], bytes]]]:
     """For each slide by its path: a call that gives the bytes of its compressed tiles, by (level, tile).
 
-    All ranges of all slides are asked for at once. From a disk they are here when this returns; those from elsewhere
-    arrive while others are decoded.
+    All ranges of all slides are asked for at once. From a disk they are here when this returns, each thread having
+    read from some of the slides; those from elsewhere arrive while others are decoded.
     """
     slides, wanted = {}, {}
-    for job, own in zip(jobs, pieces, strict=True):
+    for job, own in zip(batch.jobs, batch.pieces, strict=True):
         if own:
             slides[job.slide.path] = job.slide
             wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
-    parts = {path: Future() for path in slides}
-    if any(stores.is_address(path) for path in slides):
-        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, slides, wanted, parts)
+    parts, paths = {path: Future() for path in slides}, list(slides)
+
+    def arrivals(some: list[str]) -> Iterator:
+        return arriving([(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in some])
+
+    def bring(k: int) -> None:
+        _bring(arrivals(paths[k::threads]), paths[k::threads], slides, wanted, parts)
+
+    if any(stores.is_address(path) for path in paths):
+        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals(paths), paths, slides, wanted, parts)
     else:
-        _bring(slides, wanted, parts)
+        _each(bring, range(min(threads, len(paths))), threads)
     return {path: future.result for path, future in parts.items()}
 
 
-def _bring(slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
-    """Fill in the bytes of each slide, or why they cannot be had."""
-    paths = list(slides)
+def _bring(arrivals: Iterator, paths: list[str], slides: dict, wanted: dict, parts: dict[str, Future]) -> None:
+    """Fill in the bytes of these slides, or why they cannot be had."""
     try:
-        requests = [(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths]
-        for number, data in arriving(requests):
+        for number, data in arrivals:
             path = paths[number]
             found = dict(zip(wanted[path], data, strict=True))
             if len(slides[path].tiles.checks):
                 _check(slides[path], found)
             parts[path].set_result(found)
     except Exception as error:
-        for future in parts.values():
-            if not future.done():
-                future.set_exception(error)
+        for path in paths:
+            if not parts[path].done():
+                parts[path].set_exception(error)
 
 
 def _check(slide, parts: dict[tuple[int, int], bytes]) -> None:
@@ -157,34 +178,25 @@ def _check(slide, parts: dict[tuple[int, int], bytes]) -> None:
             )
 
 
-def _decoded_ahead(jobs, pieces, fetched, threads: int) -> dict[tuple, np.ndarray]:
-    """Pixels of the compressed tiles that several jobs need, by (path, level, tile, scale)."""
-    counts = Counter(
-        (job.slide.path, piece.level, piece.tile, piece.scale)
-        for job, own in zip(jobs, pieces, strict=True)
-        for piece in own
-    )
-    several = {key for key, number in counts.items() if number > 1}
-    if not several:
-        return {}
-    found = {}
-    for job, own in zip(jobs, pieces, strict=True):
+def _decoded_ahead(batch: Batch, data, threads: int) -> dict[tuple, np.ndarray]:
+    """Pixels of the compressed tiles that several jobs need, by (path, level, tile, scale): the rows that any needs."""
+    users: dict[tuple, list[tuple]] = {}
+    for job, own in zip(batch.jobs, batch.pieces, strict=True):
         for piece in own:
             key = job.slide.path, piece.level, piece.tile, piece.scale
-            if key in several:
-                found[key] = job.slide, piece
-    several = list(found)
+            users.setdefault(key, []).append((piece.rows, piece, job.slide))
+    several = [key for key, members in users.items() if len(members) > 1]
 
     def pixels(k: int) -> np.ndarray:
-        slide, piece = found[several[k]]
-        return _decode(slide, piece, fetched[slide.path](), None)
+        _, piece, slide = max(users[several[k]], key=itemgetter(0))
+        return _decode(slide, piece, data[slide.path](), None)
 
     return dict(zip(several, _each(pixels, range(len(several)), threads), strict=True))
 
 
 def _decode(slide, piece: Piece, parts: dict, buffer: np.ndarray | None) -> np.ndarray:
     try:
-        return decode(parts[piece.level, piece.tile], slide.recipe(piece.level), piece.scale, buffer)
+        return decode(parts[piece.level, piece.tile], slide.recipe(piece.level), piece.scale, buffer, piece.rows)
     except Damaged as why:
         raise InputError(
             f"{slide.path} is damaged: compressed tile {piece.tile} of level {piece.level - slide.first_level} (bytes "
@@ -196,12 +208,12 @@ def _paint(job: Job, framed: Frame, pieces: list[Piece], fetched, shared: dict) 
     """One job's pixels."""
     slide, (rectangle, resampled) = job.slide, framed
     if slide.tiles is None:
-        canvas, shift = slide.openslide_window(rectangle)
+        canvas, shift = slide.peer.window(rectangle)
         if resampled is None:
             return canvas
         left, top, step = resampled
         return resample(canvas, left + shift[0], top + shift[1], step, _image(job.height, job.width))
-    scratch = _scratch()
+    scratch = _SCRATCH
     if resampled is None:
         canvas = _image(rectangle.height, rectangle.width)
     else:
@@ -216,9 +228,8 @@ def _paste(canvas, slide, rectangle: Wanted, pieces: list[Piece], fetched, share
     """Decode compressed tiles onto the canvas, which shows `rectangle` of a level."""
     scale, how = rectangle.scale, slide.recipe(slide.first_level + rectangle.level)
     right = min(rectangle.width, -(-how.level_width // scale) - rectangle.left)
-    bottom = min(rectangle.height, -(-how.level_height // scale) - rectangle.top)
     width, height = how.width // scale, how.height // scale
-    places = [(max(p.x, 0), max(p.y, 0), min(p.x + width, right), min(p.y + height, bottom)) for p in pieces]
+    places = [(max(p.x, 0), max(p.y, 0), min(p.x + width, right), p.y + p.rows) for p in pieces]
     if sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in places) < rectangle.width * rectangle.height:
         canvas.fill(WHITE)
     parts, buffer = fetched() if fetched else {}, scratch.tile(3 * width * height)
@@ -293,16 +304,15 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
-def _scratch() -> _Scratch:
-    return _SCRATCH
+def _each(function: Callable[[int], Any], numbers: range, threads: int) -> list:
+    """function of each number, in order.
 
-
-def _each(function: Callable[[int], np.ndarray], numbers: Iterable[int], threads: int) -> list[np.ndarray]:
-    """function of each number, in order; threads take turns at runs of numbers, so that they seldom meet."""
-    numbers = list(numbers)
+    Threads take turns at runs of numbers: long enough that they seldom meet, so short that none waits long for
+    the last.
+    """
     if threads <= 1 or len(numbers) <= 1:
         return [function(k) for k in numbers]
-    run = max(1, len(numbers) // (4 * threads))
+    run = max(1, len(numbers) // (8 * threads))
     runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
     found = _pool(os.getpid(), "decode", threads).map(lambda members: [function(k) for k in members], runs)
     return [result for results in found for result in results]

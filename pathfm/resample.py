@@ -31,7 +31,7 @@ def resample(source: np.ndarray, left: float, top: float, step: float, out: np.n
     """
     across = _weights(left, step, out.shape[1], source.shape[1])
     down = _weights(top, step, out.shape[0], source.shape[0])
-    _apply(source, *across, *down, out)
+    (_shift if _alike(*across) else _apply)(source, *across, *down, out)
     return out
 
 
@@ -62,6 +62,35 @@ def _weights(start, step, number, length):
     return first, weights
 
 
+@njit(cache=True, nogil=True)
+def _alike(first, weights):
+    """Whether every output pixel is the same sum of its neighbours: at a step of 1."""
+    for i in range(1, len(first)):
+        if first[i] != first[0] + i:
+            return False
+        for k in range(weights.shape[1]):
+            if weights[i, k] != weights[0, k]:
+                return False
+    return True
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _shift(source, first_x, weights_x, first_y, weights_y, out):
+    """`_apply` where all pixels of a row have the same weights: both passes are sums of whole lines."""
+    (height, width), (rows, columns) = source.shape[:2], out.shape[:2]
+    lines, pixels = source.reshape(height, width * 3), out.reshape(rows, columns * 3)
+    line, sums = np.empty(width * 3, np.float32), np.empty(columns * 3, np.float32)
+    for r in range(rows):
+        _down(line, lines, first_y[r], weights_y[r])
+        sums[:] = 0
+        for k in range(weights_x.shape[1]):
+            weight, start = weights_x[0, k], 3 * (first_x[0] + k)
+            if weight != 0:
+                _add(sums, weight, line[start : start + columns * 3])
+        for n in range(columns * 3):
+            pixels[r, n] = np.int32(min(max(sums[n], np.float32(0)), np.float32(255)))
+
+
 @njit(cache=True, nogil=True, fastmath=True)
 def _apply(source, first_x, weights_x, first_y, weights_y, out):
     """Down the columns, then along the rows, both as sums of whole lines, which the processor adds eight at a time.
@@ -71,28 +100,44 @@ def _apply(source, first_x, weights_x, first_y, weights_y, out):
     (height, width), (rows, columns) = source.shape[:2], out.shape[:2]
     lines = source.reshape(height, width * 3)
     line, sums = np.empty(width * 3, np.float32), np.empty(STRIP * 3, np.float32)
-    turned, pixels = np.empty((width, STRIP * 3), np.float32), np.empty((columns, STRIP * 3), np.uint8)
+    turned, pixels = np.zeros((width, STRIP * 3), np.float32), np.empty((columns, STRIP * 3), np.uint8)
     for top in range(0, rows, STRIP):
-        for r in range(min(STRIP, rows - top)):
-            line[:] = 0.5  # rounds to the nearest
-            for k in range(weights_y.shape[1]):
-                y, weight = first_y[top + r] + k, weights_y[top + r, k]
-                if weight != 0:
-                    _add(line, weight, lines[y])
+        number = min(STRIP, rows - top)
+        for r in range(number):
+            _down(line, lines, first_y[top + r], weights_y[top + r])
             for x in range(width):
-                turned[x, 3 * r], turned[x, 3 * r + 1], turned[x, 3 * r + 2] = line[3 * x : 3 * x + 3]
+                turned[x, 3 * r] = line[3 * x]
+                turned[x, 3 * r + 1] = line[3 * x + 1]
+                turned[x, 3 * r + 2] = line[3 * x + 2]
         for i in range(columns):
             sums[:] = 0
             for k in range(weights_x.shape[1]):
                 weight = weights_x[i, k]
                 if weight != 0:
-                    _add(sums, weight, turned[first_x[i] + k])
+                    _add_strip(sums, weight, turned[first_x[i] + k])
             for n in range(STRIP * 3):
                 pixels[i, n] = np.int32(min(max(sums[n], np.float32(0)), np.float32(255)))
-        for r in range(min(STRIP, rows - top)):
+        for r in range(number):
             for i in range(columns):
-                for c in range(3):
-                    out[top + r, i, c] = pixels[i, 3 * r + c]
+                out[top + r, i, 0] = pixels[i, 3 * r]
+                out[top + r, i, 1] = pixels[i, 3 * r + 1]
+                out[top + r, i, 2] = pixels[i, 3 * r + 2]
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _down(line, lines, first, weights):
+    """Fill `line` with the weighted sum of lines from `first` on."""
+    line[:] = 0.5  # rounds to the nearest
+    for k in range(len(weights)):
+        if weights[k] != 0:
+            _add(line, weights[k], lines[first + k])
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _add_strip(sums, weight, values):
+    """`_add` for STRIP pixels: in half the time, for its length is known when it is compiled."""
+    for n in range(STRIP * 3):
+        sums[n] += weight * values[n]
 
 
 @njit(cache=True, nogil=True, fastmath=True)

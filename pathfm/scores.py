@@ -11,7 +11,6 @@ import pandas as pd
 
 from pathfm.benchmarks import patient_column, patients
 from pathfm.errors import InputError
-from pathfm.metrics import balanced_accuracy
 
 RESAMPLES = 2000
 MARGIN = 0.02  # two scores closer than this are equal for our purposes; stated beforehand
@@ -24,7 +23,7 @@ RESAMPLED = {"patient_id": "by patient", "slide_id": "by slide", None: "by image
 class Prediction:
     """What one probe said about the test tiles.
 
-    table     the test tiles' rows, with columns truth and predicted
+    table     the test tiles' rows, with columns truth and predicted; `right` too where a probe was fitted repeatedly
     seed      of the pretraining behind the features; predictions that differ in it alone are one row
     settings  of the probe: C, k, the validation score that chose them
     """
@@ -40,8 +39,16 @@ class Prediction:
     quarantined: int = 0
 
     @property
+    def hits(self) -> np.ndarray:
+        """(n,) 1 where right, else 0; of a probe fitted several times the share of its fits, from a column `right`."""
+        if "right" in self.table:
+            return self.table["right"].to_numpy(float)
+        return (self.table["truth"].to_numpy(str) == self.table["predicted"].to_numpy(str)).astype(float)
+
+    @property
     def balanced_accuracy(self) -> float:
-        return balanced_accuracy(self.table["truth"], self.table["predicted"])
+        """Mean over the classes of their mean `hits`: of several fits it is the mean of their balanced accuracies."""
+        return float(pd.Series(self.hits).groupby(self.table["truth"].to_numpy(str)).mean().mean())
 
 
 def of_centres(predictions: Iterable[Prediction], centres: Iterable[str]) -> list[Prediction]:
@@ -71,7 +78,7 @@ def interval(predictions: Prediction | Sequence[Prediction], resamples: int = RE
     Patients are drawn with replacement (slides or images where a patient is not known), and seeds too.
     A class that a draw misses is left out of that draw's mean.
     """
-    runs = _as_runs(predictions)
+    runs = as_runs(predictions)
     weights, seeds = _draws(runs, resamples, seed)
     drawn = _drawn_means(runs, weights, seeds)
     return Interval(_mean_score(runs), *_quantiles(drawn))
@@ -99,7 +106,7 @@ def paired(
     Pretraining seeds are drawn jointly where both have the same ones. Raises InputError where the test tiles
     differ.
     """
-    a, b = _as_runs(a), _as_runs(b)
+    a, b = as_runs(a), as_runs(b)
     same_tiles(a[0], b[0])
     weights, seeds_a = _draws(a, resamples, seed)
     same_seeds = [run.seed for run in a] == [run.seed for run in b]
@@ -121,7 +128,7 @@ def share_closed(
 
     Patients, and the pretraining seeds that teacher and start share, are drawn as in `paired`.
     """
-    teacher, start, top = _as_runs(teacher), _as_runs(start), _as_runs(oracle)
+    teacher, start, top = as_runs(teacher), as_runs(start), as_runs(oracle)
     for other in (start, top):
         same_tiles(teacher[0], other[0])
     weights, seeds = _draws(teacher, resamples, seed)
@@ -224,7 +231,8 @@ def n_patients(table: pd.DataFrame) -> int | None:
     return None if who is None else len(set(who))
 
 
-def _as_runs(predictions: Prediction | Sequence[Prediction]) -> list[Prediction]:
+def as_runs(predictions: Prediction | Sequence[Prediction]) -> list[Prediction]:
+    """One prediction or several as a list. Raises InputError where seeds repeat or test tiles differ."""
     runs = [predictions] if isinstance(predictions, Prediction) else list(predictions)
     if not runs:
         raise InputError("no predictions to score")
@@ -244,7 +252,7 @@ def same_tiles(a: Prediction, b: Prediction) -> None:
         raise InputError(f"{a.name} and {b.name} were tested on different tiles; probe both on one TileSet")
 
 
-def _counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+def counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     """Tiles (P, C) and right ones (S, P, C) of each patient and class."""
     table = runs[0].table
     who = patients(table)
@@ -254,15 +262,14 @@ def _counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     np.add.at(n, (patient, truth), 1)
     right = np.zeros((len(runs), *n.shape))
     for index, run in enumerate(runs):
-        hit = (run.table["truth"].to_numpy(str) == run.table["predicted"].to_numpy(str)).astype(float)
-        np.add.at(right[index], (patient, truth), hit)
+        np.add.at(right[index], (patient, truth), run.hits)
     return n, right
 
 
 def _draws(runs: list[Prediction], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each patient (R, P) and each seed (R, S) is drawn."""
     rng = np.random.default_rng(seed)
-    people = len(_counts(runs)[0])
+    people = len(counts(runs)[0])
     weights = rng.multinomial(people, np.full(people, 1 / people), size=resamples)
     seeds = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples)
     return weights.astype(float), seeds / len(runs)
@@ -270,7 +277,7 @@ def _draws(runs: list[Prediction], resamples: int, seed: int) -> tuple[np.ndarra
 
 def _drawn_means(runs: list[Prediction], weights: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """(R,) balanced accuracy of each draw, mean over its seeds."""
-    n, right = _counts(runs)
+    n, right = counts(runs)
     drawn = weights @ n
     with np.errstate(invalid="ignore"):
         recall = np.where(drawn > 0, np.einsum("rp,spc->src", weights, right, optimize=True) / drawn, np.nan)

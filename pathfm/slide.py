@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import openslide
-from PIL import Image
 
-from pathfm import reading, stores
+from pathfm import reading
 from pathfm.decode import Recipe, recipe
-from pathfm.directory import Unsupported, read_directory
+from pathfm.directory import read_directory
 from pathfm.errors import InputError
+from pathfm.fallback import Fallback
+from pathfm.metadata import MPP_TOLERANCE, Unsupported, checked_mpp, mpp_of
 from pathfm.reading import Job, ReadPlan
 from pathfm.source import Source, open_source
-from pathfm.tilemap import BLOCK, TileMap, Wanted, tiles_of
+from pathfm.tilemap import BLOCK, TileMap, tiles_of
 
-MPP_TOLERANCE = 0.01  # a level this close to the mpp asked for is returned as it is
 MAX_UPSAMPLE = 1.1  # many 40x slides are 0.2525 mpp: up to 10 % finer than the slide is interpolated
-COARSEST_TAG_MPP = 20.0  # a TIFF resolution tag beyond this is meant for printers (72 dpi is 353 um/px)
-CACHE_BYTES = 64 * 2**20  # of decoded tiles, for all slides that OpenSlide reads in a process together
-LARGEST_TILE_PX = 8192 * 8192  # a tile that is said to be larger is damage
 BLOCK_PX = 4096 * 4096  # source pixels held at once while resampling
-THREE_WAYS = "give it one: a column 'mpp' in the cohort, Slide.open(path, mpp=...), or mend the file's own metadata"
 
 
 def plan_read(
@@ -65,6 +59,9 @@ def plan_read(
     return ReadPlan(level, float(down), whole * slide_mpp if exact else float(mpp), grid, not exact, scale)
 
 
+_plan_read = lru_cache(maxsize=4096)(plan_read)  # most slides of a cohort are alike, and planned for every tile
+
+
 class Slide:
     """A slide on a disk or elsewhere. `Slide.open` is the way in; its file is opened when first read.
 
@@ -75,6 +72,7 @@ class Slide:
     scales                the fractions 1/scale of its size that a level decodes to: (1, 2, 4, 8) for JPEG
     reader                "ranges": compressed tiles are read by their byte ranges; "openslide": OpenSlide reads
     fallback              why OpenSlide reads; "" where it does not
+    peer                  the Fallback through which it reads; None where it does not
     """
 
     def __init__(
@@ -93,11 +91,12 @@ class Slide:
     ):
         self.path, self.vendor, self.fallback, self.version = str(path), vendor, fallback, version
         self.width_px, self.height_px, self.mpp = int(width_px), int(height_px), float(mpp)
-        self.level_downsamples = tuple(float(d) for d in downsamples)
+        self.level_downsamples = tuple(map(float, downsamples))
         self.tiles, self.first_level, self.scales = tiles, int(first_level), tuple(scales)
         self.reader = "ranges" if tiles is not None else "openslide"
         self.codec = ""
-        self._source = self._handle = self._pid = None
+        self.peer = None if tiles is not None else Fallback(self.path, fallback)
+        self._source = None
         self._recipes: dict[int, Recipe] = {}
 
     @classmethod
@@ -106,14 +105,13 @@ class Slide:
 
         Raises InputError when the file is missing, damaged, nothing that is read here, or has no usable mpp.
         """
-        _check_file(path)
         source = open_source(path)
         try:
             directory = read_directory(source)
         except Unsupported as why:
             source.close()
             return cls._by_openslide(path, mpp, str(why))
-        mpp = _checked_mpp(mpp, path) if mpp is not None else _mpp_of(directory.properties, path)
+        mpp = checked_mpp(mpp, path) if mpp is not None else mpp_of(directory.properties, path)
         full = directory.sizes[0]
         downsamples = [_downsample(full, size) for size in directory.sizes]
         tiles, scales = directory.tiles.frozen(), directory.scales
@@ -124,22 +122,23 @@ class Slide:
 
     @classmethod
     def _by_openslide(cls, path: str | Path, mpp: float | None, why: str) -> Slide:
-        handle = _openslide(path, why)
+        peer = Fallback(str(path), why)
+        handle = peer.handle
         width, height = handle.dimensions
         downsamples = [_downsample(handle.dimensions, size) for size in handle.level_dimensions]
         vendor = handle.properties.get("openslide.vendor", "")
         try:
-            mpp = _checked_mpp(mpp, path) if mpp is not None else _mpp_of(handle.properties, path)
+            mpp = checked_mpp(mpp, path) if mpp is not None else mpp_of(handle.properties, path)
         except InputError:
-            handle.close()
+            peer.close()
             raise
         slide = cls(path, width, height, mpp, downsamples, vendor=vendor, fallback=why)
-        slide._handle, slide._pid = handle, os.getpid()
+        slide.peer = peer
         return slide
 
     def plan(self, mpp: float, max_upsample: float = MAX_UPSAMPLE, resample: str = "auto") -> ReadPlan:
         """How `mpp` is read. Raises InputError where that would upsample beyond `max_upsample`."""
-        plan = plan_read(self.mpp, self.level_downsamples, mpp, max_upsample, resample, self.scales)
+        plan = _plan_read(self.mpp, self.level_downsamples, mpp, max_upsample, resample, self.scales)
         if plan is None:
             raise InputError(
                 f"{self.path} has {self.mpp:g} um/px and cannot serve {mpp:g}: that is an upsampling by "
@@ -191,11 +190,11 @@ class Slide:
 
     def close(self) -> None:
         """Let go of the file; a later read opens it again."""
-        if self._handle is not None and self._pid == os.getpid():
-            self._handle.close()
+        if self.peer is not None:
+            self.peer.close()
         if self._source is not None:
             self._source.close()
-        self._source = self._handle = None
+        self._source = None
 
     def source(self) -> Source:
         """The slide's bytes; reading them raises InputError where the file is another than the one that was indexed."""
@@ -222,25 +221,6 @@ class Slide:
             self._recipes[level] = recipe(facts, tables)
         return self._recipes[level]
 
-    def openslide_window(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, float]]:
-        """Pixels of a level on white, as OpenSlide reads them, and how far right and down of the corner they lie.
-
-        OpenSlide takes whole level-0 positions and divides them by its own downsample (4.0003), so that the
-        corner it reads can be off by up to half a level-0 pixel; the distance is in level pixels.
-        """
-        handle = self._open()
-        down = handle.level_downsamples[wanted.level]
-        x, y = round(wanted.left * down), round(wanted.top * down)
-        try:
-            image = handle.read_region((x, y), wanted.level, (wanted.width, wanted.height))
-        except openslide.OpenSlideError as error:
-            self._handle = None  # OpenSlide refuses every read after a failed one
-            raise InputError(
-                f"{self.path} is damaged: reading level {wanted.level} at ({x}, {y}) failed with '{error}'; "
-                "fetch the file again"
-            ) from None
-        return np.array(_on_white(image)), (wanted.left - x / down, wanted.top - y / down)
-
     def __enter__(self) -> Slide:
         return self
 
@@ -249,7 +229,7 @@ class Slide:
 
     def __getstate__(self) -> dict:
         """Without what is open, and with its own part of an index's map only."""
-        state = {**self.__dict__, "_handle": None, "_pid": None, "_source": None, "_recipes": {}}
+        state = {**self.__dict__, "_source": None, "_recipes": {}}
         if self.tiles is not None:
             own = self.tiles.part(self.first_level, self.first_level + len(self.level_downsamples))
             state |= {"tiles": own, "first_level": 0}
@@ -281,84 +261,6 @@ class Slide:
         rest = self._pixels(x, y + half * scale, width, height - half, plan)
         return np.concatenate([self._pixels(x, y, width, half, plan), rest], axis=0)
 
-    def _open(self) -> openslide.OpenSlide:
-        if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _openslide(self.path, self.fallback), os.getpid()
-        return self._handle
-
-
-def _check_file(path: str | Path) -> None:
-    """Raises InputError, which says what is wrong, where a local path is no file with something in it."""
-    if stores.is_address(str(path)):
-        return
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; correct its path")
-    if path.is_dir() and not any(path.iterdir()):
-        raise InputError(f"{path} is an empty folder; give the slide file")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the slide file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); fetch the file again")
-
-
-def _openslide(path: str | Path, why: str) -> openslide.OpenSlide:
-    """An open handle, or an InputError that says what is wrong with the file; `why` it is OpenSlide that reads."""
-    if stores.is_address(str(path)):
-        raise InputError(
-            f"{stores.shown(str(path))} cannot be read from there: {why}. Download it, where OpenSlide may read it, or "
-            "convert it to tiled pyramidal TIFF (vips tiffsave --tile --pyramid)"
-        )
-    try:
-        handle = openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError:
-        raise InputError(f"{path} {_unsupported(Path(path), why)}") from None
-    except openslide.OpenSlideError as error:
-        raise InputError(f"{path} is damaged ({error}); fetch the file again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    _check_tile_sizes(handle, path)
-    handle.set_cache(_tile_cache(os.getpid()))
-    return handle
-
-
-def _check_tile_sizes(handle: openslide.OpenSlide, path: str | Path) -> None:
-    """OpenSlide ends the whole process where it finds no memory for a tile that a damaged file calls huge."""
-    for level in range(handle.level_count):
-        sides = (handle.properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
-        width, height = map(int, sides)
-        if width * height > LARGEST_TILE_PX:
-            handle.close()
-            raise InputError(f"{path} is damaged: level {level} has tiles of {width} x {height} px; fetch it again")
-
-
-@lru_cache(maxsize=1)
-def _tile_cache(pid: int) -> openslide.OpenSlideCache:
-    """One cache of decoded tiles for all slides of a process, so that memory does not grow with open slides."""
-    return openslide.OpenSlideCache(CACHE_BYTES)
-
-
-def _unsupported(path: Path, why: str) -> str:
-    """Why neither reader knows the file, and what to do."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head[:2] not in (b"II", b"MM"):
-        return "is no slide format that OpenSlide knows; look at what it really is, or convert it to pyramidal TIFF"
-    return (
-        f"is a TIFF that cannot be read here ({why}) and that OpenSlide refuses; fetch it again or convert it to "
-        "a tiled pyramidal TIFF, e.g. with `vips tiffsave`"
-    )
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB of an RGBA region composited on white; its colours are not premultiplied."""
-    alpha = image.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return image.convert("RGB")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image.convert("RGB"), mask=alpha)
-    return white
-
 
 def _downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
     """Level-0 pixels per level pixel: a whole number where cutting the last pixels off explains the rest."""
@@ -367,44 +269,3 @@ def _downsample(full: tuple[int, int], level: tuple[int, int]) -> float:
     if all(abs(n - whole * k) < whole for n, k in zip(full, level, strict=True)):
         return float(whole)
     return ratio
-
-
-def _mpp_of(properties, path) -> float:
-    """Microns per level-0 pixel from the file's metadata."""
-    x, y = (_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
-    if x is None or y is None:
-        x, y = (_tag_mpp(properties, axis) for axis in "XY")
-    if x is None or y is None or _printers(properties, x):
-        raise InputError(f"{path} has no mpp (microns per pixel); {THREE_WAYS}")
-    if abs(x - y) > MPP_TOLERANCE * min(x, y):
-        raise InputError(f"{path} has pixels that are not square: {x:g} x {y:g} um. If the file is wrong, {THREE_WAYS}")
-    return _checked_mpp((x + y) / 2, path)
-
-
-def _printers(properties, mpp: float) -> bool:
-    generic = properties.get("openslide.vendor", "generic-tiff") == "generic-tiff"
-    return generic and mpp > COARSEST_TAG_MPP
-
-
-def _tag_mpp(properties, axis: str) -> float | None:
-    """um/px from a TIFF resolution tag, which counts pixels per centimetre or inch."""
-    per_unit = _positive(properties.get(f"tiff.{axis}Resolution"))
-    unit_um = {"centimeter": 10_000.0, "inch": 25_400.0}.get(properties.get("tiff.ResolutionUnit"))
-    if per_unit is None or unit_um is None or unit_um / per_unit > COARSEST_TAG_MPP:
-        return None
-    return unit_um / per_unit
-
-
-def _positive(text) -> float | None:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-def _checked_mpp(mpp, path) -> float:
-    value = _positive(mpp)
-    if value is None or not 0.01 <= value <= 1000:
-        raise InputError(f"{path} has mpp {mpp!r}; microns per pixel lie between 0.01 and 1000")
-    return value

@@ -112,12 +112,13 @@ class DiskSource(Source):
         """The file as it is now."""
         try:
             stat = os.stat(path)
+            folder = os.listdir(path) if os.path.isdir(path) else None
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; correct its path") from None
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        if os.path.isdir(path):
-            raise InputError(f"{path} is a folder; give the slide file")
+        if folder is not None:
+            raise InputError(f"{path} is {'a folder' if folder else 'an empty folder'}; give the slide file")
         if stat.st_size == 0:
             raise InputError(f"{path} is empty (0 bytes); fetch the file again")
         return cls(path, stat.st_size, _disk_tag(stat))

@@ -219,12 +219,23 @@ class Wanted(NamedTuple):
     height: int
 
 
-PIECE = np.dtype([(name, "i8") for name in ("wanted", "level", "scale", "tile", "start", "length", "x", "y")])
+class Piece(NamedTuple):
+    """A compressed tile and where it goes."""
+
+    wanted: int  # number of the rectangle
+    level: int  # in the map
+    scale: int
+    tile: int
+    start: int  # of its bytes in the file
+    length: int
+    x: int  # of its corner in the rectangle, decoded pixels
+    y: int
+    rows: int  # from its top to the last one that the rectangle has of the level
 
 
 @njit(cache=True, nogil=True)
 def cover(levels, anchors, codes, wanted):
-    """Which compressed tiles hold the rectangles, (P, 8) int64 as in PIECE: x, y is the tile's corner in its rectangle.
+    """Which compressed tiles hold the rectangles, (P, 9) int64 as in Piece.
 
     wanted   (n, 6) int64 as in Wanted
     Rectangles may reach beyond the level. Compressed tiles of no bytes are left out.
@@ -233,20 +244,22 @@ def cover(levels, anchors, codes, wanted):
     for n in range(len(wanted)):
         across, down = _reach(levels[wanted[n, 0]], wanted[n])
         most += max(across[1] - across[0], 0) * max(down[1] - down[0], 0)
-    pieces = np.empty((most, 8), np.int64)
+    pieces = np.empty((most, 9), np.int64)
     used = 0
     for n in range(len(wanted)):
         row, scale, left, top = wanted[n, 0], wanted[n, 1], wanted[n, 2], wanted[n, 3]
         level = levels[row]
         columns = -(-level.width // level.tile_width)
+        width, height = level.tile_width // scale, level.tile_height // scale
+        bottom = min(top + wanted[n, 5], -(-level.height // scale))
         across, down = _reach(level, wanted[n])
         for j in range(down[0], down[1]):
             for i in range(across[0], across[1]):
                 tile = j * columns + i
                 start, length = _locate(anchors, codes, level.block, tile)
                 if length > 0:
-                    x, y = i * (level.tile_width // scale) - left, j * (level.tile_height // scale) - top
-                    pieces[used] = n, row, scale, tile, start, length, x, y
+                    rows = min(height, bottom - j * height)
+                    pieces[used] = n, row, scale, tile, start, length, i * width - left, j * height - top, rows
                     used += 1
     return pieces[:used]
 

@@ -159,7 +159,7 @@ def _bubble(density: np.ndarray, um: float) -> np.ndarray:
         inside = (labels == k).astype(np.uint8)
         ring = cv2.dilate(inside, np.ones((3, 3), np.uint8)) > inside
         cut = frame[ring].mean()
-        if cut < 0.4 and near[ring].mean() > 0.8 and np.median(grey[ring]) > 0.22 and _solidity(inside) > 0.7:
+        if cut < 0.4 and near[ring].mean() > 0.9 and np.median(grey[ring]) > 0.22 and _solidity(inside) > 0.7:
             bubbles |= inside
     return cv2.dilate(bubbles, _disc(16, um))[1:-1, 1:-1].astype(bool)
 

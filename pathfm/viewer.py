@@ -26,6 +26,7 @@ from pathfm.explore import Explorer, Look, Settings, nothing
 from pathfm.figures import compact, mpp_colour
 from pathfm.slide import Slide
 from pathfm.stream import Tile
+from pathfm.tissue import area_mm2
 
 SIDE_PX = 512  # of the squares that the page is drawn from
 QUALITY = 90  # of their JPEG; a tile that was clicked is shown without loss
@@ -164,7 +165,7 @@ class Viewer(anywidget.AnyWidget):
         columns = names["i"].tolist(), names["x"].tolist(), names["y"].tolist(), side, kind
         height, width = self.look.mask.shape
         cell = self.look.um_per_px / slide.mpp
-        area = np.count_nonzero(self.look.mask) * (self.look.um_per_px / 1000) ** 2
+        area = area_mm2(self.look.mask, self.look.um_per_px)
         levels = "-".join(f"{down:g}" for down in slide.level_downsamples)
         return {
             "slide_id": self.slide_id,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
 import openslide
 import pytest
+import simplejpeg
 import tifffile
 from compressed_files import jpeg, jpeg2000, marked, texture, tiles_of, write_jpeg, write_jpeg2000
 from PIL import Image
@@ -192,3 +194,73 @@ def test_a_fraction_is_the_mean_of_what_it_stands_for(scale):
     whole = decode.decode(stream, HOW)
     error = decode.decode(stream, HOW, scale) - shrink(whole, scale)
     assert 10 * np.log10(255**2 / (error**2).mean()) > 37
+
+
+@pytest.fixture
+def heights(monkeypatch) -> list[int]:
+    """The heights that are decoded, one a call of the decoder."""
+    found, real = [], simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *how: found.append(how[4]) or real(*how))
+    return found
+
+
+@pytest.mark.parametrize("scale", decode.SCALES)
+@pytest.mark.parametrize(("subsampling", "unit"), [("444", 8), ("422", 8), ("420", 16), ("440", 16), ("411", 8)])
+def test_upper_rows_are_those_of_the_whole_and_no_more_is_decoded(subsampling, unit, scale, heights):
+    stream = jpeg(texture(256, 240, blur=0.7), "ycbcr", subsampling)
+    how = HOW._replace(height=240)
+    whole = decode.decode(stream, how, scale)
+    assert heights.pop() == len(whole) == 240 // scale
+    for rows in range(1, len(whole)):
+        assert np.array_equal(decode.decode(stream, how, scale, rows=rows), whole[:rows])
+        assert heights.pop() <= min((rows + 1) * scale + unit, 240) // scale
+        assert not heights
+
+
+def test_upper_rows_whatever_the_marker_and_the_tables(heights):
+    for colour, marker, subsampling, side, shared in JPEGS:
+        stream, tables = marked(jpeg(texture(side, side), colour, subsampling), marker, colour, shared)
+        level = {"tile_width": side, "tile_height": side, "width": side, "height": side, "predictor": 1}
+        how = decode.recipe({**level, "codec": decode.JPEG, "colour": int(colour == "ycbcr")}, tables)
+        assert np.array_equal(decode.decode(stream, how, rows=50), decode.decode(stream, how)[:50])
+        assert heights[-2] < heights[-1] == side
+    assert len(heights) == 2 * len(JPEGS)
+
+
+def test_damage_never_changes_upper_rows_unnoticed(stream):
+    """Flipped bytes: named, or what the whole stream decodes to there. Cut short: named, wherever."""
+    rng, named = np.random.default_rng(0), 0
+    pixels = stream.index(b"\xff\xda") + 14
+    for _ in range(300):
+        spoilt, at = bytearray(stream), int(rng.integers(pixels, len(stream) - 2))
+        spoilt[at : at + 2] = rng.choice([0xFF, *rng.integers(256, size=2)]), rng.integers(256)
+        rows = int(rng.integers(1, 200))
+        try:
+            found = decode.decode(bytes(spoilt), HOW, rows=rows)
+        except Damaged:
+            named += 1
+            with pytest.raises(Damaged):
+                decode.decode(bytes(spoilt), HOW)
+        else:
+            loosely = simplejpeg.decode_jpeg(bytes(spoilt), "RGB", False, False, strict=False)
+            assert np.array_equal(found, loosely[:rows])
+    assert 30 < named < 270
+    for length in range(pixels, len(stream) - 1, 97):
+        with pytest.raises(Damaged, match="is no whole JPEG"):
+            decode.decode(stream[:length], HOW, rows=20)
+
+
+def test_what_ends_early_or_restarts_is_decoded_whole(stream, heights):
+    pixels = texture(256, 256)
+    short = stream[: len(stream) // 2] + b"\xff\xd9"
+    with pytest.raises(Damaged, match="is no whole JPEG"):
+        decode.decode(short, HOW, rows=200)
+    below = decode.decode(short, HOW, rows=8)  # this damage lies below the rows asked for
+    assert np.array_equal(below, decode.decode(stream, HOW)[:8])
+    for options in ({"restart_marker_rows": 1}, {"progressive": True}):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "jpeg", quality=75, **options)
+        heights.clear()
+        found = decode.decode(file.getvalue(), HOW, rows=40)
+        assert heights == [256]
+        assert np.array_equal(found, np.asarray(Image.open(file))[:40])

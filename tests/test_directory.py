@@ -13,8 +13,7 @@ from damage import try_out
 from slide_files import shrink, write_slide
 from test_compressed import largest_difference
 
-from pathfm import InputError, Slide, tilemap
-from pathfm import slide as slide_module
+from pathfm import InputError, Slide, fallback, tilemap
 from pathfm.directory import Unsupported, read_directory
 from pathfm.source import open_source
 
@@ -134,7 +133,7 @@ def test_places_beyond_the_end_and_missing_tables_are_named(tmp_path):
 def test_a_tile_that_no_memory_holds_is_named(tmp_path, monkeypatch):
     """OpenSlide would end the process."""
     tifffile.imwrite(tmp_path / "grey.tiff", texture(256, 192)[..., 0], tile=(64, 64))
-    monkeypatch.setattr(slide_module, "LARGEST_TILE_PX", 1000)
+    monkeypatch.setattr(fallback, "LARGEST_TILE_PX", 1000)
     with pytest.raises(InputError, match=r"grey\.tiff is damaged: level 0 has tiles of 64 x 64 px"):
         Slide.open(tmp_path / "grey.tiff", mpp=0.5)
 
@@ -163,6 +162,19 @@ def test_the_map_gives_back_every_place(kind):
         assert np.array_equal(found[0][lengths > 0], offsets[lengths > 0])
     if kind in ("in order", "gaps", "holes"):
         assert one.codes.nbytes + one.anchors.nbytes <= 5 * 900
+
+
+def test_what_tifffile_logs_is_said_in_the_reason_and_its_logger_left_as_it_is(tmp_path, caplog):
+    path = write_slide(tmp_path / "a.tiff", texture(256, 192), 0.5, (1, 2))
+    with tifffile.TiffFile(path) as tiff:
+        second = tiff.pages[1].offset
+    path.write_bytes(path.read_bytes()[: second - 50])
+    with pytest.raises(InputError, match=r"a\.tiff is cut short: 1 of 12"):
+        Slide.open(path)
+    assert not caplog.records
+    with tifffile.TiffFile(path) as tiff:
+        assert len(tiff.pages) == 1
+    assert "invalid page offset" in caplog.text
 
 
 def test_damaged_files_are_read_or_named(tmp_path):

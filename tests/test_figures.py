@@ -1,7 +1,10 @@
 """Figures are written twice alike, at a size a repository can hold, with a scale bar that tells the truth."""
 
+import base64
 import io
+import re
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
@@ -12,20 +15,28 @@ from pathfm import InputError, figures
 pytestmark = pytest.mark.usefixtures("style")
 
 
-def noise_figure():
-    fig, ax = plt.subplots()
-    figures.image(ax, np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8), um_per_px=0.5, title="noise")
-    return fig
+@pytest.fixture
+def noise_figure(monkeypatch):
+    """A small figure that counts as large: finding 256 colours for noise takes long."""
+    monkeypatch.setattr(figures, "LARGE", 40_000)
+
+    def draw():
+        fig, ax = plt.subplots(figsize=(2, 1.6))
+        noise = np.random.default_rng(0).integers(0, 255, (150, 225, 3), np.uint8)
+        figures.image(ax, noise, um_per_px=0.5, title="noise")
+        return fig
+
+    return draw
 
 
-def test_the_same_figure_is_the_same_bytes(tmp_path):
+def test_the_same_figure_is_the_same_bytes(tmp_path, noise_figure):
     for folder in ("one", "two"):
         figures.save(noise_figure(), "noise", tmp_path / folder)
     for name in ("noise.svg", "noise.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_large_pictures_are_kept_small_and_still_look_the_same(tmp_path):
+def test_large_pictures_are_kept_small_and_still_look_the_same(tmp_path, noise_figure):
     fig = noise_figure()
     plain = io.BytesIO()
     fig.savefig(plain, format="png")
@@ -35,6 +46,27 @@ def test_large_pictures_are_kept_small_and_still_look_the_same(tmp_path):
     with PIL.Image.open(path) as small, PIL.Image.open(plain) as full:
         difference = np.abs(np.asarray(small.convert("RGB"), float) - np.asarray(full.convert("RGB"), float))
     assert difference.mean() < 16  # of 255, for noise of every colour; histology has few
+
+
+def embedded_in(svg):
+    """The pictures of an SVG, each (format, pixels)."""
+    found = re.findall(rb"data:image/(\w+);base64,([^\"]+)", svg.read_bytes())
+    opened = ((kind.decode(), PIL.Image.open(io.BytesIO(base64.b64decode(data)))) for kind, data in found)
+    return [(kind, np.asarray(picture.convert("RGB")).astype(int)) for kind, picture in opened]
+
+
+def test_tissue_in_an_svg_is_a_small_jpeg_and_a_map_of_classes_stays_exact(tmp_path):
+    rng = np.random.default_rng(0)
+    tissue = cv2.GaussianBlur(rng.normal((225, 140, 190), 90, (600, 600, 3)), (0, 0), 3).clip(0, 255).astype(np.uint8)
+    classes = rng.integers(0, 2, (600, 600, 1), np.uint8) * np.uint8([[[200, 90, 30]]])
+    for name, pixels in (("tissue", tissue), ("classes", classes)):
+        fig, ax = plt.subplots(figsize=(6, 6))
+        ax.imshow(pixels, interpolation="none")
+        figures.save(fig, name, tmp_path)
+    [(kind, shown)] = embedded_in(tmp_path / "tissue.svg")
+    assert kind == "jpeg" and np.abs(shown - tissue).mean() < 3
+    [(kind, shown)] = embedded_in(tmp_path / "classes.svg")
+    assert kind == "png" and np.array_equal(shown, classes)
 
 
 def png_of(pixels):

@@ -17,6 +17,8 @@ from slide_files import cohort_of, tissue_pixels, write_slide
 
 from pathfm import InputError, SlideIndex, TileStream, positions
 from pathfm import index as index_module
+from pathfm import scan as scan_module
+from pathfm.scan import scan_or_reason
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_processes_make_the_same_index(slides, tmp_path):
 
 
 def test_a_killed_build_goes_on_where_it_was(slides, tmp_path, monkeypatch):
-    scan, scanned = index_module._scan, []
+    scan, scanned = scan_module.scan, []
 
     def killed_at_the_third(path, mpp, checksums):
         scanned.append(path)
@@ -86,7 +88,7 @@ def test_a_killed_build_goes_on_where_it_was(slides, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return scan(path, mpp, checksums)
 
-    monkeypatch.setattr(index_module, "_scan", killed_at_the_third)
+    monkeypatch.setattr(scan_module, "scan", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
     with pytest.raises(InputError, match="holds no index"):
@@ -112,7 +114,7 @@ def test_what_cannot_be_read_is_quarantined_by_name_and_reason(slides, tmp_path)
     good = slides["one"].read_bytes()
     bad = {
         "missing": (tmp_path / "missing.svs", "missing.svs does not exist"),
-        "folder": (tmp_path / "folder.svs", "is a folder; give the slide file"),
+        "folder": (tmp_path / "folder.svs", "is an empty folder; give the slide file"),
         "empty": (tmp_path / "empty.svs", "is empty (0 bytes)"),
         "truncated": (tmp_path / "truncated.tiff", "fetch"),
         "text": (tmp_path / "text.svs", "is no slide format"),
@@ -153,12 +155,12 @@ def crashing(path, *rest):
     """What a worker does in the next test: a segmentation fault on one slide."""
     if path.endswith("two.tiff"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return index_module._scan_or_reason(path, *rest)
+    return scan_or_reason(path, *rest)
 
 
 def test_a_slide_that_crashes_its_process_is_quarantined_alone(slides, tmp_path, monkeypatch):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test
-    monkeypatch.setattr(index_module, "_scan_or_reason", crashing)
+    monkeypatch.setattr(scan_module, "scan_or_reason", crashing)
     index = SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=2)
     assert list(index.usable["slide_id"]) == ["one", "three"]
     assert "two.tiff crashes its reader" in index.quarantined["reason"][0]

@@ -43,9 +43,9 @@ def test_the_scan_keeps_a_picture_and_the_artefacts(mixed):
 
 
 def test_pictures_of_large_slides_are_kept_small():
-    from pathfm.index import PICTURE_PX, _picture
+    from pathfm.scan import PICTURE_PX, picture
 
-    pixels = cv2.imdecode(_picture(np.full((900, 2000, 3), 200, np.uint8)), cv2.IMREAD_COLOR)
+    pixels = cv2.imdecode(picture(np.full((900, 2000, 3), 200, np.uint8)), cv2.IMREAD_COLOR)
     assert pixels.shape == (round(900 * PICTURE_PX / 2000), PICTURE_PX, 3)
 
 

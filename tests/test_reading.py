@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
+from test_slide import cubic
 
-from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading
+from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading, source
+from pathfm import index as index_module
 from pathfm.reading import Job, ReadPlan
 
 SIDE = 100
@@ -20,14 +23,6 @@ SIDE = 100
 def fine(cohort) -> Slide:
     """A synthetic slide of 0.25 um/px, JPEG 4:2:0, levels 1-4-16."""
     return next(slide for slide in map(Slide.open, cohort.table["path"]) if slide.mpp == 0.25)
-
-
-def keys(length: int, start: float, step: float, number: int) -> np.ndarray:
-    """(number, length) weights of Keys' cubic, a = -0.5, stretched by step."""
-    centres = start + (np.arange(number) + 0.5) * step
-    t = np.abs((np.arange(length) + 0.5 - centres[:, None]) / max(step, 1.0))
-    weights = np.where(t < 1, (1.5 * t - 2.5) * t * t + 1, np.where(t < 2, ((-0.5 * t + 2.5) * t - 4) * t + 2, 0))
-    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def whole_level(slide: Slide, level: int) -> np.ndarray:
@@ -41,9 +36,8 @@ def reference(slide: Slide, plan: ReadPlan, x: float, y: float, side: int) -> np
     level = whole_level(slide, plan.level)
     level = shrink(level, plan.scale) if plan.scale > 1 else level.astype(float)
     step = plan.mpp / slide.mpp / plan.downsample
-    rows = keys(level.shape[0], y / plan.downsample, step, side)
-    columns = keys(level.shape[1], x / plan.downsample, step, side)
-    return np.clip(np.einsum("ia,abc,jb->ijc", rows, level, columns, optimize=True), 0, 255)
+    rows = cubic(level, y / plan.downsample, step, side)
+    return np.clip(cubic(rows.swapaxes(0, 1), x / plan.downsample, step, side).swapaxes(0, 1), 0, 255)
 
 
 def decibels(image: np.ndarray, expected: np.ndarray) -> float:
@@ -146,6 +140,22 @@ def test_memory_that_is_used_again_never_changes_an_image_that_is_kept(mixed):
     for k in range(40):
         slide.read(400 - 8 * k, 100, 64, 0.5)
     assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_open_files_stay_bounded_whatever_the_number_of_slides(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "OPEN_FILES", 3)
+    monkeypatch.setattr(index_module, "OPEN_SLIDES", 2)
+    links = {}
+    for k in range(24):
+        original = Path(mixed.slides["path"][k % 3])
+        links[f"s{k}"] = tmp_path / f"s{k}{original.suffix}"
+        os.link(original, links[f"s{k}"])
+    stream = TileStream(SlideIndex.build(cohort_of(links), tmp_path / "index", workers=0), tile_px=64, threads=2)
+    before, most = len(os.listdir("/dev/fd")), 0
+    for start in range(0, 96, 8):
+        assert len({tile.slide_id for tile in stream.__getitems__(range(start, start + 8))}) == 8
+        most = max(most, len(os.listdir("/dev/fd")))
+    assert most <= before + 3 + 2
 
 
 def test_a_slide_takes_its_own_part_of_the_map_along(mixed):

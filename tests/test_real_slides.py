@@ -48,7 +48,7 @@ def test_every_slide_is_indexed_or_quarantined_with_its_reason(real_index):
 
 def test_the_same_tissue_in_two_containers_gives_the_same_mask(real_index):
     svs, pyramid = (real_index.mask(name)[0] for name in ("svs", "pyramid"))
-    assert (svs & pyramid).sum() / (svs | pyramid).sum() > 0.9  # in the copy one follicle is taken for a bubble
+    assert (svs & pyramid).sum() / (svs | pyramid).sum() > 0.95
     assert 0.2 < svs.mean() < 0.7
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from slide_files import shrink, tissue_pixels, write_slide
 
-from pathfm import InputError, Slide
+from pathfm import InputError, Slide, fallback
 from pathfm import slide as slide_module
 
 WAVE_UM = 24.0  # period of the pattern
@@ -133,7 +133,7 @@ def test_outside_the_slide_is_white(noise):
 def test_alpha_is_composited_on_white():
     image = Image.new("RGBA", (4, 4), (100, 0, 200, 128))
     image.putpixel((0, 0), (9, 9, 9, 0))
-    image = slide_module._on_white(image)
+    image = fallback.on_white(image)
     assert image.getpixel((0, 0)) == (255, 255, 255)
     assert np.abs(np.subtract(image.getpixel((1, 1)), (177, 127, 227))).max() <= 1
 
@@ -185,12 +185,16 @@ def test_thumbnail_has_exactly_the_scale_asked_for(plaid):
     assert plaid.thumbnail(5.0).shape == (77, 77, 3)  # 384 um: the last pixel is partly beyond the edge
 
 
-def test_a_slide_travels_to_another_process_without_its_handle(noise):
-    again = pickle.loads(pickle.dumps(noise))
-    assert again._handle is None
-    assert np.array_equal(again.read(5, 5, 20, 0.7), noise.read(5, 5, 20, 0.7))
-    again.close()
-    assert np.array_equal(again.read(5, 5, 20, 0.7), noise.read(5, 5, 20, 0.7))
+def test_a_slide_travels_to_another_process_without_its_handle(noise, tmp_path):
+    alpha = np.dstack([tissue_pixels(), np.full((512, 512), 255, np.uint8)])
+    alpha = Slide.open(write_slide(tmp_path / "alpha.tiff", alpha, 0.5, extrasamples=["unassalpha"]))
+    assert alpha.reader == "openslide"
+    for slide in (noise, alpha):
+        again = pickle.loads(pickle.dumps(slide))
+        assert again._source is None and (again.peer is None or again.peer._handle is None)
+        assert np.array_equal(again.read(5, 5, 20, 0.7), slide.read(5, 5, 20, 0.7))
+        again.close()
+        assert np.array_equal(again.read(5, 5, 20, 0.7), slide.read(5, 5, 20, 0.7))
 
 
 def test_mpp_comes_from_the_file_or_from_the_caller(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pathfm.benchmarks import SUFFIXES, TileSet, decode_all, draw_roles
+from pathfm.benchmarks import SUFFIXES, TileSet, decode_all, draw_roles, patient_column
 from pathfm.errors import InputError
 from pathfm.tasks import checks
 from pathfm.tasks.task import ROLE, Task
@@ -190,7 +190,7 @@ def with_roles(task: Task, table: pd.DataFrame, split: str) -> pd.DataFrame:
     if task.name == "bach":
         role[rest] = np.where(table.loc[rest, "block"].isin(BACH_CLEAN), "validate", "probe-train")
     else:
-        by = "patient" if {"patient_id", "slide_id"} & set(table) else "tile"
+        by = "tile" if patient_column(table) is None else "patient"
         role[rest] = draw_roles(table[rest], by, 0, VALIDATE)
     return table.assign(role=role)
 
@@ -235,5 +235,5 @@ def _groups(found: re.Match) -> dict:
 
 def _crosses(table: pd.DataFrame) -> bool:
     """Whether a patient stands on two sides of the official split itself."""
-    known = next((c for c in ("patient_id", "slide_id") if c in table), None)
+    known = patient_column(table)
     return known is not None and bool((table.groupby(known)["role"].nunique() > 1).any())

@@ -74,15 +74,21 @@ class Task:
             "kind": self.kind,
             "classes": len(self.classes) or "?",
             "mpp": "?" if self.mpp is None else f"{self.mpp:g}",
-            "px": "varies" if self.tile_px is None else "x".join(map(str, self.tile_px)),
+            "px": self.size,
         }
-        if self.kind == "slides":
-            shown["px"] = "slide"
         shown |= {split: _number(self.count(split), self.has(split)) for split in ROLE}
         shown["all"] = _number(self.count(None), True)
         shown["stops on report"] = "yes" if self.same_split else "no"
+        shown["clean split"] = "yes" if self.clean else "-"
         shown |= {source: self.overlap.get(source, "unknown") for source in SOURCES_OF_TISSUE}
-        return shown | {"licence": self.licence or "?"}
+        return shown | {"licence": self.licence or "?", "from": self.url or "-"}
+
+    @property
+    def size(self) -> str:
+        """Width x height of an image in pixels, "varies", or "slide"."""
+        if self.kind == "slides":
+            return "slide"
+        return "varies" if self.tile_px is None else "x".join(map(str, self.tile_px))
 
     def has(self, split: str) -> bool:
         """Whether the official data name such a split, or nothing is known of its splits."""
@@ -91,13 +97,9 @@ class Task:
 
     def __repr__(self) -> str:
         lines = [f"{self.name}: {self.title} ({self.kind})", ""]
-        px = (
-            ""
-            if self.kind == "slides"
-            else f"; {'varying sizes' if self.tile_px is None else f'{self.tile_px[0]} x {self.tile_px[1]} px'}"
-        )
         lines.append(f"classes       {', '.join(self.classes) or 'as the labels say'}")
-        lines.append(f"scale         {'unknown' if self.mpp is None else f'{self.mpp:g} um/px'}{px}")
+        scale = "unknown" if self.mpp is None else f"{self.mpp:g} um/px"
+        lines.append(f"scale         {scale}; pixels: {self.size}")
         lines += _counts(self)
         facts = {
             "splits": self.splits,

@@ -1,0 +1,138 @@
+"""How UNI is evaluated: logistic regression by L-BFGS, nearest class mean, few-shot episodes, retrieval.
+
+Chen et al. 2024 and the code released with it. But for the regression, features are centred on the mean of those that
+are learned from and brought to length 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pathfm.errors import InputError
+from pathfm.metrics import finite
+from pathfm.neighbours import nearest, unit_rows, vote
+
+MAX_ITER = 1000  # of L-BFGS
+BLOCK = 4_000_000  # similarities in memory at once while episodes are answered
+
+
+class Linear(NamedTuple):
+    """A linear classifier: weight (C, D) and bias (C,), with the value of its objective."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    objective: float
+
+    def answers(self, x: np.ndarray) -> np.ndarray:
+        """(n,) classes as integers for features x (n, D)."""
+        return (finite(x) @ self.weight.T + self.bias).argmax(axis=1)
+
+
+def logistic(x: np.ndarray, y: np.ndarray, max_iter: int = MAX_ITER) -> Linear:
+    """Logistic regression by L-BFGS with strong Wolfe line search, from zero, on features as they are.
+
+    x, y  (N, D) features and (N,) classes as integers from 0
+
+    It minimises the mean cross-entropy plus |weight| / (2 C), C = D classes / 100; in UNI's code the norm is
+    not squared.
+    """
+    x, y = torch.from_numpy(np.array(finite(x))), torch.from_numpy(np.asarray(y, np.int64))
+    classes = int(y.max()) + 1
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=max_iter, line_search_fn="strong_wolfe")
+
+    def objective() -> torch.Tensor:
+        entropy = torch.nn.functional.cross_entropy(x @ weight.T + bias, y)
+        return entropy + weight.norm() * 100 / (2 * x.shape[1] * classes)
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = objective()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    with torch.no_grad():
+        return Linear(weight.numpy(), bias.numpy(), float(objective()))
+
+
+def centred(train_x: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+    """All features minus the mean of `train_x`, rows of length 1."""
+    train_x = finite(train_x)
+    mean = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return [unit_rows(x - mean) for x in (train_x, *map(finite, others))]
+
+
+def simpleshot(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(n,) the class of `train_y`, integers from 0, whose mean is nearest to each row of x. Wang et al. 2019."""
+    train_x, x = centred(train_x, x)
+    means = np.stack([train_x[train_y == label].mean(axis=0) for label in range(train_y.max() + 1)])
+    return _nearest_mean(x @ means.T, means)
+
+
+def episodes(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    shots: int,
+    n: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """(n,) balanced accuracies, 0 to 1, of `simpleshot` from `shots` images of each class, drawn anew for each episode.
+
+    Every test image is asked in each. Raises InputError where a class has too few images, or none on test.
+    """
+    train_x, test_x = finite(train_x), finite(test_x)
+    centre = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)  # what is common to all changes no answer
+    train_x, test_x = train_x - centre, test_x - centre
+    counts, asked = np.bincount(train_y), np.bincount(test_y, minlength=train_y.max() + 1)
+    if counts.min() < shots:
+        raise InputError(f"class {counts.argmin()} has {counts.min()} images to learn from; {shots} shots need {shots}")
+    if asked.min() == 0:
+        raise InputError(f"class {asked.argmin()} has no image on test")
+    rng = np.random.default_rng(seed)
+    places = [np.flatnonzero(train_y == label) for label in range(len(counts))]
+    share = np.eye(len(counts), dtype=np.float32)[test_y] / asked  # (M, C)
+    length = (test_x**2).sum(axis=1)
+    found, step = [], max(1, BLOCK // (len(test_x) * len(counts)))
+    for start in range(0, n, step):
+        drawn = [_support(train_x, places, shots, rng) for _ in range(min(step, n - start))]
+        means = np.stack([mean for mean, _ in drawn])  # (E, C, D)
+        origin = np.stack([o for _, o in drawn])  # (E, D)
+        # (q - o) m / |q - o|, without a centred copy of the test images for each episode
+        towards = np.einsum("md,ecd->mec", test_x, means, optimize=True) - np.einsum("ed,ecd->ec", origin, means)
+        distance = length[:, None] - 2 * test_x @ origin.T + (origin**2).sum(axis=1)
+        towards /= np.sqrt(np.maximum(distance, 1e-12))[..., None]
+        said = _nearest_mean(towards, means)
+        right = (said == test_y[:, None]).astype(np.float32)
+        found.append((share.T @ right).mean(axis=0))
+    return np.concatenate(found)
+
+
+def retrieval(
+    key_x: np.ndarray, key_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray, ks: Sequence[int] = (1, 3, 5)
+) -> dict[str, float]:
+    """The share of queries whose class one of the k nearest keys has ("acc@k"), or most of the last k have, 0 to 1."""
+    key_x, query_x = centred(key_x, query_x)
+    ids, cosines = nearest(key_x, query_x, max(ks))
+    hit = np.asarray(key_y)[ids] == np.asarray(query_y)[:, None]
+    found = {f"acc@{k}": float(hit[:, :k].any(axis=1).mean()) for k in ks}
+    return found | {f"majority@{max(ks)}": float((vote(ids, cosines, np.asarray(key_y)) == query_y).mean())}
+
+
+def _support(x: np.ndarray, places: list[np.ndarray], shots: int, rng: np.random.Generator) -> tuple:
+    """Class means (C, D) of one episode, and the origin (D,) that they were centred on."""
+    rows = np.concatenate([rng.choice(there, shots, replace=False) for there in places])
+    origin = x[rows].mean(axis=0)
+    return unit_rows(x[rows] - origin).reshape(len(places), shots, -1).mean(axis=1), origin
+
+
+def _nearest_mean(towards: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Where |q - m| is least, from q m (..., C) of queries of length 1 and means (..., C, D)."""
+    return (towards - (means**2).sum(axis=-1) / 2).argmax(axis=-1)
