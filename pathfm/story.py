@@ -67,6 +67,29 @@ class Story:
             curves_figure(self.folder).savefig(file, format="png", dpi=100, metadata={"Software": None})
 
 
+class Journal:
+    """What is written of a run as it goes on: log.csv, speed.csv, watches.csv, and a Story of the same numbers."""
+
+    def __init__(self, folder: str | Path, step: int):
+        names = {"train": "log", "speed": "speed", "watch": "watches"}
+        self.books = {group: logbook.Logbook(Path(folder) / f"{name}.csv", step) for group, name in names.items()}
+        self.story = Story(folder, step)
+
+    def add(self, group: str, step: int, row: Mapping[str, float]) -> None:
+        """A row of "train", "speed" or "watch"."""
+        self.books[group].add({"step": step, **row})
+        self.story.add(group, step, row)
+
+    def settle(self) -> None:
+        """The rows so far are on the disk: a checkpoint may count on them."""
+        for book in self.books.values():
+            book.settle()
+
+    def close(self) -> None:
+        for book in (*self.books.values(), self.story):
+            book.close()
+
+
 def memory_gb(device: torch.device) -> float:
     """The most memory that was taken so far, in GB: of the GPU by torch, else of this process."""
     if device.type == "cuda":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pathfm import weights
 from pathfm.errors import InputError, nearest
+from pathfm.ranks import BatchNorm
 
 
 def make_backbone(
@@ -110,7 +111,7 @@ class DinoHead(nn.Module):
         super().__init__()
 
         def layer(inputs: int) -> list[nn.Module]:
-            return [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.GELU()]
+            return [nn.Linear(inputs, hidden), *([BatchNorm(hidden)] if batch_norm else []), nn.GELU()]
 
         self.mlp = nn.Sequential(*layer(features), *layer(hidden), nn.Linear(hidden, bottleneck))
         for module in self.mlp:
