@@ -107,7 +107,7 @@ def answers_figure(by_name: dict[str, Tensor]) -> Figure:
         above.bar(range(p.shape[1]), p[0].numpy())
         below.bar(range(p.shape[1]), p.mean(0).numpy())
         above.set_title(name, fontsize=8)
-        below.set_xlabel("prototype")
+        below.set(xlabel="prototype", xticks=range(p.shape[1]))
     axes[0, 0].set_ylabel("one tile")
     axes[1, 0].set_ylabel("mean of batch")
     return fig

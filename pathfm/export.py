@@ -114,11 +114,11 @@ def export_run(folder: str | Path, out: str | Path, which: str = "teacher", lice
         raise InputError(f"which='{which}' is unknown.{nearest(which, ('teacher', 'student'))}")
     folder = Path(folder)
     network, _ = load(folder / "teacher")
-    saved = sorted(folder.glob("checkpoint*.safetensors"))
-    if not saved:
+    newest = checkpoint.newest(folder)
+    if newest is None:
         raise InputError(f"{folder} holds no checkpoint; give the folder that `pathfm pretrain` wrote to")
-    tensors, _ = checkpoint.load(saved[-1])
-    weights.fit_weights(network, weights.Start(weights.backbone_of(tensors, saved[-1], which), str(saved[-1])))
+    path, tensors, _ = newest
+    weights.fit_weights(network, weights.Start(weights.backbone_of(tensors, path, which), str(path)))
     looks = logbook.read(folder / "watches.csv")
     return export(network, out, card.of_run(read_json(folder / "params.json"), looks, which, licence))
 

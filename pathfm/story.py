@@ -135,7 +135,7 @@ def curves_figure(folder: str | Path) -> Figure:
     has = {name: table[name].dropna() for table in reversed(tables) for name in table}
     panels = [(title, [name for name in names if name in has], log) for title, names, log in PANELS]
     panels = [panel for panel in panels if panel[1]]
-    fig = Figure(figsize=(9, 2.4 * max(1, -(-len(panels) // 3))))
+    fig = Figure(figsize=(9, 2.4 * max(1, -(-len(panels) // 3))), layout="none")  # whatever a style says
     if not panels:
         return fig
     axes = fig.subplots(-(-len(panels) // 3), 3, squeeze=False).ravel()

