@@ -1,190 +1,159 @@
-"""How fast tiles' bytes come from a disk, a web server, and the same server 50 ms away.
+"""How fast tiles come from a disk, a web server, and the same server 50 ms away.
 
-    python benchmarks/object_store.py [--cohort cohort.csv] [--threads 1] [--repeats 5] [--in-flight 128]
+    python benchmarks/object_store.py [--cohort cohort.csv] [--threads 1 2] [--mpp 0.5 0.25,0.5,1,2] [--repeats 7]
 
-A tile is the square of 256 level-0 pixels at a random place in tissue: all compressed tiles that it touches, mostly
-four in two windows. Batches of 64 tiles are drawn from all slides at random, as in training, and the next two batches
-are on their way while one is worked on. Three things are measured, in turn, `repeats` times; the median is printed:
+One TileStream for each place of the same slides, read as a DataLoader of no workers reads it: batches of 64 tiles of
+256 px in order, after some that are not timed. The places take turns, `repeats` times, each repeat at other tiles.
 
-  bytes     the bytes alone
-  decoded   the bytes and the JPEG decoding of every compressed tile, on `threads` threads
-  stream    tiles of a TileStream over the same slides by path and by address, where it reads addresses
+  disk            the files themselves
+  nginx           nginx, which serves them
+  relay           nginx behind a relay that passes bytes on at once
+  relay + 50 ms   the same relay, which holds every request back
+  no prefetch     relay + 50 ms, and batches in an order that cannot be foreseen: each waits for its bytes
 
-"relay" is nginx behind a relay that passes bytes on at once, "relay + 50 ms" the same relay holding each request back:
-their ratio is what latency costs. With W windows in flight, no more than W / 0.05 windows can come in a second.
-nginx, relay and reader share this machine's cores, so that rates say little where those are busy; "CPU us/tile" is of
-the reading process alone, and "of disk by CPU" the share of the local speed that is left where CPU time is the limit.
+Printed is the median of each rate and, of ratios within a repeat, median and range: "of disk" is the share of the local
+speed at the same number of decoding threads, "of relay" what latency costs. Servers, relay and reader share this
+machine's cores, so that "of disk" is too low where those are all busy; "of disk by CPU" compares the CPU time of the
+reading process alone. With 128 windows in flight at most 2,560 come in a second from 50 ms away.
+
+The first table says what indexing asks of a server, and what the first tile takes. Results go to
+results/object_store.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imagecodecs
-import numpy as np
 import pandas as pd
-import tifffile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from servers import delayed, nginx  # noqa: E402
 
-from pathfm import Cohort, InputError, SlideIndex, TileStream  # noqa: E402
-from pathfm.source import Source, arriving, open_all, traffic  # noqa: E402
+from pathfm import Cohort, SlideIndex, TileStream  # noqa: E402
+from pathfm.runs import stamp, write_results  # noqa: E402
+from pathfm.source import traffic  # noqa: E402
+from pathfm.synthetic import embedded  # noqa: E402
 
-TILE_PX = 256
-BATCH = 64
-AHEAD = 2  # batches on their way while one is worked on
+TILE_PX, BATCH = 256, 64
+WARM = 10  # batches before those that are timed: by then as many are on their way as there will be at the end
 LATENCY_S = 0.05
+DISK, RELAY, FAR, ALONE = "disk", "relay", f"relay + {LATENCY_S * 1e3:.0f} ms", "no prefetch"
 
 
-class Grid:
-    """Where the compressed tiles of a slide's level 0 lie."""
-
-    def __init__(self, path: str):
-        with tifffile.TiffFile(path) as file:
-            page = file.pages[0]
-            if page.compression != tifffile.COMPRESSION.JPEG or page.jpegtables:
-                raise InputError(f"{path} is not compressed by JPEG without shared tables; give another cohort")
-            self.side, columns = page.tilewidth, -(-page.imagewidth // page.tilewidth)
-            self.starts = np.reshape(page.dataoffsets, (-1, columns))
-            self.lengths = np.reshape(page.databytecounts, (-1, columns))
-        self.tissue = np.argwhere(self.lengths[:-2, :-2] >= np.median(self.lengths))
-
-    def ranges(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and lengths of what a tile at a random place in tissue touches."""
-        row, column = self.tissue[rng.integers(len(self.tissue))]
-        down, right = (1 + (rng.integers(self.side) + TILE_PX - 1) // self.side for _ in range(2))
-        place = np.s_[row : row + down, column : column + right]
-        return self.starts[place].ravel(), self.lengths[place].ravel()
+@contextlib.contextmanager
+def places(cohort: Cohort, folder: Path) -> Iterator[dict[str, Cohort]]:
+    """The cohort at each place."""
+    (folder / "www").mkdir()
+    for k, path in enumerate(cohort.table["path"]):
+        (folder / "www" / f"{k}.svs").symlink_to(Path(path).resolve())
+    with (
+        nginx(folder / "www", folder / "nginx") as server,
+        delayed(server, 0) as relay,
+        delayed(server, LATENCY_S) as far,
+    ):
+        roots = {DISK: folder / "www", "nginx": server, RELAY: relay, FAR: far}
+        numbers = range(len(cohort))
+        yield {name: Cohort(cohort.table.assign(path=[f"{at}/{k}.svs" for k in numbers])) for name, at in roots.items()}
 
 
-def batches(sources: list[Source], grids: list[Grid], n: int, seed: int) -> Iterator[list]:
-    """n batches of requests; the same for every kind of source."""
-    rng = np.random.default_rng(seed)
-    for _ in range(n):
-        drawn = rng.integers(len(sources), size=BATCH)
-        yield [(sources[s], *grids[s].ranges(rng)) for s in drawn]
-
-
-def run(sources, grids, n: int, seed: int, in_flight: int, pool: ThreadPoolExecutor | None) -> dict[str, float]:
-    """Rates over n batches; with a pool every compressed tile is decoded there as its tile's bytes arrive."""
-    before, began, worked, compressed = traffic(), time.perf_counter(), time.process_time(), 0
-    waiting, decoding = deque(), deque()
-    for requests in batches(sources, grids, n, seed):
-        compressed += sum(len(starts) for _, starts, _ in requests)
-        waiting.append(arriving(requests, in_flight))
-        if len(waiting) > AHEAD:
-            work(waiting.popleft(), decoding, pool)
-    for arrivals in waiting:
-        work(arrivals, decoding, pool)
-    for future in decoding:
-        future.result()
+def cold(name: str, cohort: Cohort, folder: Path, whole: int) -> tuple[SlideIndex, dict]:
+    """The index of the slides at a place, made in this process, and what that took. whole: bytes of all files."""
+    before, began = traffic(), time.perf_counter()
+    index = SlideIndex.build(cohort, folder / name, workers=0)
     seconds, read = time.perf_counter() - began, traffic().since(before)
+    stream, before, began = TileStream(index, TILE_PX, 0.5), traffic(), time.perf_counter()
+    stream[0]
+    first, tile = time.perf_counter() - began, traffic().since(before)
+    n = len(cohort)
+    found = {"s_per_slide": seconds / n, "windows_per_slide": read.windows / n, "share_of_bytes": read.fetched / whole}
+    return index, found | {"first_tile_s": first, "first_tile_bytes": tile.fetched}
+
+
+def batches(repeat: int, n: int, foreseen: bool) -> list[range]:
+    """WARM + n batches of numbers of a repeat; unless foreseen, in an order in which no two steps are alike."""
+    starts = [(repeat * 1000 + k) * BATCH for k in range(WARM + n)]
+    if not foreseen:
+        starts = [starts[k // 2] if k % 2 == 0 else starts[-1 - k // 2] for k in range(len(starts))]
+    return [range(start, start + BATCH) for start in starts]
+
+
+def run(stream: TileStream, numbers: list[range]) -> dict[str, float]:
+    """Rates over the batches after the first WARM."""
+    for some in numbers[:WARM]:
+        stream.__getitems__(some)
+    before, began, worked = traffic(), time.perf_counter(), time.process_time()
+    for some in numbers[WARM:]:
+        stream.__getitems__(some)
+    seconds, worked, read = time.perf_counter() - began, time.process_time() - worked, traffic().since(before)
+    tiles = (len(numbers) - WARM) * BATCH
     return {
-        "tiles/s": n * BATCH / seconds,
-        "ranges/s": compressed / seconds,
-        "windows/s": read.windows / seconds,
-        "MB/s": read.fetched / seconds / 1e6,
-        "fetched/needed": read.fetched / read.needed,
-        "CPU us/tile": (time.process_time() - worked) / n / BATCH * 1e6,
+        "tiles_per_s": tiles / seconds,
+        "windows_per_s": read.windows / seconds,
+        "mb_per_s": read.fetched / seconds / 1e6,
+        "fetched_over_needed": read.fetched / read.needed,
+        "cpu_us_per_tile": worked / tiles * 1e6,
     }
 
 
-def work(arrivals: Iterator, decoding: deque, pool: ThreadPoolExecutor | None) -> None:
-    for _, parts in arrivals:
-        if pool:
-            decoding.append(pool.submit(decode, parts))
-        while len(decoding) > 4 * BATCH:
-            decoding.popleft().result()
+def rates(indexes: dict[str, SlideIndex], mpp: str, threads: int, repeats: int, n: int) -> pd.DataFrame:
+    """A row a place: medians, and ratios within a repeat with their range."""
+    streams = {name: TileStream(index, TILE_PX, mpp, threads=threads) for name, index in indexes.items()}
+    streams[ALONE] = TileStream(indexes[FAR], TILE_PX, mpp, threads=threads)
+    rows, names = [], list(streams)
+    for repeat in range(repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            rows.append({"place": name, "repeat": repeat, **run(streams[name], batches(repeat, n, name != ALONE))})
+            time.sleep(2 * LATENCY_S)  # what was begun for nobody arrives
+    table = pd.DataFrame(rows).set_index(["repeat", "place"])
+    speed, cpu = table["tiles_per_s"].unstack(), table["cpu_us_per_tile"].unstack()
+    found = table.groupby(level="place").median().loc[names]
+    ratios = {"of_disk": speed.div(speed[DISK], axis=0), "of_relay": speed.div(speed[RELAY], axis=0)}
+    for name, ratio in ratios.items():
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = ratio.median(), ratio.min(), ratio.max()
+    found["of_disk_by_cpu"] = cpu.rdiv(cpu[DISK], axis=0).median()
+    return found.reset_index().assign(mpp=mpp, threads=threads, repeats=repeats)
 
 
-def decode(parts: list[bytes]) -> None:
-    for part in parts:
-        imagecodecs.jpeg8_decode(part)
-
-
-def stream_rate(cohort: Cohort, folder: Path, n: int) -> float:
-    """Tiles a second of a TileStream in this process; the index is made first, and is not timed."""
-    stream = TileStream(SlideIndex.build(cohort, folder, workers=0), tile_px=TILE_PX, mpp=0.5)
-    stream.__getitems__(range(BATCH))
-    began = time.perf_counter()
-    for k in range(1, n + 1):
-        stream.__getitems__(range(k * BATCH, (k + 1) * BATCH))
-    return n * BATCH / (time.perf_counter() - began)
-
-
-def table(rows: dict[str, list[dict]]) -> pd.DataFrame:
-    median = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in rows.items()}
-    found = pd.DataFrame(median).T
-    found["of disk"] = found["tiles/s"] / found.loc["disk", "tiles/s"]
-    found["of disk by CPU"] = found.loc["disk", "CPU us/tile"] / found["CPU us/tile"]
-    digits = dict.fromkeys(["tiles/s", "ranges/s", "windows/s", "CPU us/tile"], 0)
-    return found.round(digits | {"MB/s": 1, "fetched/needed": 3, "of disk": 2, "of disk by CPU": 2})
+def shown(found: pd.DataFrame) -> str:
+    """The table as it is printed."""
+    digits = dict.fromkeys(["tiles_per_s", "windows_per_s", "cpu_us_per_tile"], 0)
+    digits |= {"mb_per_s": 1, "fetched_over_needed": 3} | {c: 2 for c in found if c.startswith("of_")}
+    return found.drop(columns=["mpp", "threads", "repeats"]).round(digits).to_string(index=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cohort", type=Path, help="CSV; default: the embedded cohort")
-    parser.add_argument("--threads", type=int, default=1, help="that decode")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=20, help="of 64 tiles, in each measurement")
-    parser.add_argument("--in-flight", type=int, default=128, help="windows asked for at once")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="that decode")
+    parser.add_argument("--mpp", nargs="+", default=["0.5", "0.25,0.5,1,2"], help="laws of mpp")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=16, help="of 64 tiles, in each measurement")
     options = parser.parse_args()
-    if options.cohort:
-        cohort = Cohort.read(options.cohort)
-    else:
-        from pathfm.synthetic import embedded
-
-        cohort = embedded()
-    paths = [Path(path) for path in cohort.table["path"]]
-    grids = [Grid(path) for path in paths]
+    cohort = Cohort.read(options.cohort) if options.cohort else embedded()
+    whole = sum(Path(path).stat().st_size for path in cohort.table["path"])
+    about, found = stamp(), []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "www").mkdir()
-        for k, path in enumerate(paths):
-            (folder / "www" / f"{k}.svs").symlink_to(path.resolve())
-        server = stack.enter_context(nginx(folder / "www", folder / "nginx"))
-        places = {
-            "disk": str(folder / "www"),
-            "nginx": server,
-            "relay": stack.enter_context(delayed(server, 0)),
-            f"relay + {LATENCY_S * 1e3:.0f} ms": stack.enter_context(delayed(server, LATENCY_S)),
-        }
-        addresses = {name: [f"{place}/{k}.svs" for k in range(len(paths))] for name, place in places.items()}
-        sources = {name: open_all(each) for name, each in addresses.items()}
-        most = options.in_flight / LATENCY_S
-        print(f"{len(paths)} slides, median of {options.repeats}; {options.in_flight} windows in flight,")
-        print(f"so that {LATENCY_S * 1e3:.0f} ms away at most {most:.0f} windows come in a second")
-        with ThreadPoolExecutor(options.threads) as pool:
-            for title, decoder in (("bytes", None), (f"decoded on {options.threads} thread(s)", pool)):
-                rows = {name: [] for name in places}
-                for repeat in range(options.repeats):
-                    for name in places:
-                        rows[name].append(
-                            run(sources[name], grids, options.batches, repeat, options.in_flight, decoder)
-                        )
-                found = table(rows)
-                print(f"\n{title}\n{found.to_string()}")
-                cost = found["tiles/s"].iloc[3] / found["tiles/s"].iloc[2]
-                print(f"with {LATENCY_S * 1e3:.0f} ms added: {cost:.2f} of the same server without")
-        print("\nstream")
-        for name in places:
-            table_of = cohort.table.assign(path=addresses[name])
-            try:
-                print(f"{name:>16} {stream_rate(Cohort(table_of), folder / name, options.batches):6.0f} tiles/s")
-            except InputError as error:
-                print(f"{name:>16} not read: {str(error)[:200]}")
+        cohorts = stack.enter_context(places(cohort, folder))
+        made = {name: cold(name, one, folder, whole) for name, one in cohorts.items()}
+        indexes, costs = ({name: pair[k] for name, pair in made.items()} for k in (0, 1))
+        print(f"{len(cohort)} slides of {whole / 1e6:.0f} MB together, indexed in one process")
+        print(pd.DataFrame(costs).T.round({"s_per_slide": 2, "share_of_bytes": 3, "first_tile_s": 2}).to_string())
+        for mpp in options.mpp:
+            for threads in options.threads:
+                found.append(rates(indexes, mpp, threads, options.repeats, options.batches))
+                print(f"\n{mpp} um/px, {threads} decoding thread(s), {options.repeats} repeats\n{shown(found[-1])}")
+    table = pd.concat(found)
+    table = table.join(pd.DataFrame(costs).T.add_prefix("index_"), on="place")
+    print(f"\nwritten to {write_results('object_store', table.assign(slides=len(cohort), **about)).name}")
 
 
 if __name__ == "__main__":

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
 
-from pathfm.errors import InputError
+from pathfm.errors import InputError, Stopped
 from pathfm.verbs import VERBS
 
 
 def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "") -> None:
     """pretrain a backbone with DINO or DINOv2 from the slides of a cohort; continues a run that was interrupted"""
-    from pathfm import Cohort, study
+    from pathfm import Cohort, ranks, study
 
-    print(study.pretrained(Cohort.read(cohort), config, folder=folder, offline=tiles).teacher)
+    run = study.pretrained(Cohort.read(cohort), config, folder=folder, offline=tiles)
+    if not ranks.rank():
+        print(run.teacher)
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -73,7 +76,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb. Bad input ends with one line on stderr and exit code 2."""
+    """Runs one verb. Bad input ends with one line on stderr and exit code 2, a signal to a run with Stopped.STATUS."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["pretrain"]:
@@ -82,8 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
             given = vars(command_line().parse_args(arguments))
             VERBS[given.pop("verb")](**given)()
     except InputError as error:
-        print(f"pathfm: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of many processes, the others say who they are
+        print(f"pathfm: {error}" if rank == "0" else f"pathfm, rank {rank}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"pathfm: {stop}", file=sys.stderr)
+        return Stopped.STATUS
     except KeyboardInterrupt:
         print("pathfm: interrupted; what is finished is kept, the same command goes on from here", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """Multi-crop views, made in batches on the device that trains, each image with its own random parameters.
 
-The parameters are drawn on the CPU, so that every device makes the same views of the same tiles.
+The parameters are drawn on the CPU, so that every device makes the same views of the same tiles, and for the tiles of
+all ranks, of which each takes its own: so their number changes no view.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathfm import lab
 from pathfm.config import DinoV2Config, PretrainConfig
 from pathfm.errors import InputError
 from pathfm.masking import block_masks
-from pathfm.ranks import gathered, own_rows
+from pathfm.ranks import gathered, share, size
 
 RATIO = (3 / 4, 4 / 3)  # width over height of a crop; torchvision's default, which DINO uses
 GRAY = (0.2989, 0.587, 0.114)
@@ -34,6 +35,10 @@ class Views(NamedTuple):
     local: Tensor  # (L, B, 3, local_px, local_px)
     effective_mpp: Tensor  # (V, B) microns per pixel of what the ViT sees, global views first; on the CPU
     masks: Tensor  # (G, B, N) True where a patch is hidden from the student, row by row, on the CPU; DINO: (G, B, 0)
+
+    def parts(self, n: int) -> list[Views]:
+        """The views of the tiles in `n` equal parts."""
+        return [Views(*part) for part in zip(*(field.chunk(n, 1) for field in self), strict=True)]
 
 
 class MultiCrop:
@@ -74,16 +79,16 @@ class MultiCrop:
         self, tiles: Tensor, mpp: Tensor, views: int, scale: tuple[float, ...], px: int, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """Resized, flipped and turned crops (views * B, 3, px, px) in [0, 1] and their effective mpp (views, B)."""
-        n, side = len(tiles), tiles.shape[-1]
-        boxes = boxes_for(self.config, views * n, side, px, scale, generator)
-        flips = torch.rand(2, views * n, generator=generator) < torch.tensor(
+        n, side, every = len(tiles), tiles.shape[-1], views * len(tiles) * size()
+        boxes = share(boxes_for(self.config, every, side, px, scale, generator), views)
+        flips = share(torch.rand(2, every, generator=generator), views, axis=1) < torch.tensor(
             [[self.config.vertical_flip], [self.config.flip]]
         )
         crops = [crop(tiles, boxes[v * n : (v + 1) * n], flips[:, v * n : (v + 1) * n], px) for v in range(views)]
         seen = effective_mpp(mpp.cpu().float().repeat(views), boxes, px)
         x = torch.cat(crops) if crops else tiles.new_empty(0, 3, px, px)
         if self.config.rotate:
-            x = turned(x, torch.randint(4, (len(x),), generator=generator))
+            x = turned(x, share(torch.randint(4, (every,), generator=generator), views))
         return x, seen.view(views, n)
 
     def _colours_of(self, tiles: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -95,15 +100,20 @@ class MultiCrop:
 
     def _restained(self, x: Tensor, colours: tuple[Tensor, Tensor] | None, generator: Generator) -> Tensor:
         """`x` (V * B, 3, h, w) with the colours of another tile of the batch, or with drawn ones."""
-        c, n = self.config, len(x)
-        own, everyone = colours or (None, None)
+        c = self.config
+        if colours is None or not len(x):
+            return x
+        own, everyone = colours
+        views, tiles = len(x) // len(own), len(everyone)
+        n = views * tiles
         if c.stain_transfer:
-            chosen = torch.rand(n, generator=generator) < c.stain_transfer
-            x = lab.given(x, chosen, own, everyone[other_tile(own_rows(own).cpu(), n, len(everyone), generator)])
+            chosen = share(torch.rand(n, generator=generator), views) < c.stain_transfer
+            others = share(other_tile(torch.arange(tiles), n, tiles, generator), views)
+            x = lab.given(x, chosen, own, everyone[others])
         if c.randstain:
-            chosen = torch.rand(n, generator=generator) < c.randstain
+            chosen = share(torch.rand(n, generator=generator), views) < c.randstain
             law = own.new_tensor(c.randstain_lab).view(2, 2, 3) if c.randstain_lab else lab.law(everyone)
-            drawn = torch.randn(n, 2, 3, generator=generator).to(law)
+            drawn = share(torch.randn(n, 2, 3, generator=generator), views).to(law)
             x = lab.given(x, chosen, own, law[0] + drawn * law[1])
         return x
 
@@ -112,20 +122,24 @@ class MultiCrop:
         c = self.config
         if not isinstance(c, DinoV2Config) or not self.patch_px:
             return torch.zeros(2, n, 0, dtype=torch.bool)
-        side = c.global_px // self.patch_px
-        return block_masks(2 * n, side, c.mask_probability, c.mask_ratio, generator).unflatten(0, (2, n))
+        side, images = c.global_px // self.patch_px, torch.arange(2 * n * size())
+        own = share(images, 2).tolist()
+        return block_masks(len(images), side, c.mask_probability, c.mask_ratio, generator, own).unflatten(0, (2, n))
 
     def _changed(self, x: Tensor, mpp: Tensor, blur: Tensor, solarise: Tensor, generator: Generator) -> Tensor:
         """Jitter, grayscale, blur, solarise, normalise; `blur` and `solarise` are probabilities by image."""
-        c, n = self.config, len(x)
+        c, n, views = self.config, len(x), len(mpp)
+
+        def drawn(*shape: int) -> Tensor:
+            return share(torch.rand(n * size(), *shape, generator=generator), views)
 
         def happens(probability: float | Tensor) -> Tensor:
-            return torch.rand(n, generator=generator) < probability
+            return drawn() < probability
 
         def between(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(n, generator=generator)
+            return low + (high - low) * drawn()
 
-        jitter, order = happens(c.jitter), torch.rand(n, 4, generator=generator).argsort(1)
+        jitter, order = happens(c.jitter), drawn(4).argsort(1)
         changes = [
             (brightness, between(max(0, 1 - c.brightness), 1 + c.brightness)),
             (contrast, between(max(0, 1 - c.contrast), 1 + c.contrast)),

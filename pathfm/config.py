@@ -23,6 +23,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "float32", "bfloat16"),
     "attention": ("auto", "fused", "plain"),
+    "on_collapse": ("warn", "stop", "ignore"),
 }
 
 
@@ -114,8 +115,16 @@ class PretrainConfig:
     precision: str = setting("auto", "of the networks, losses are float32; 'auto': bfloat16 where it is fast")
     attention: str = setting("auto", "'auto': fused, but plain on a CPU, where fused is 1.7 times slower; [ours]")
     threads: int = setting(0, "CPU threads of torch; 0 = as they are")
-    workers: int = setting(0, "processes that read tiles")
+    compile: bool = setting(False, "blocks through torch.compile; needs a C++ compiler on a CPU")
+    shard: bool = setting(False, "weights, gradients and moments shared out over the ranks (FSDP2); for large models")
+    accumulate: int = setting(
+        1, "parts in which a batch goes through the networks; Sinkhorn, KoLeo, KDE and BatchNorm are of a part"
+    )
+    checkpoint_activations: bool = setting(False, "blocks are computed again for their gradients: less memory, slower")
+    workers: int = setting(0, "processes that read tiles, of each rank")
     checkpoint_every: int = setting(500, "steps; [ours]")
+    keep_checkpoints: int = setting(2, "the last so many stay, should the newest be damaged; [ours]")
+    on_collapse: str = setting("warn", "'warn', 'stop' or 'ignore', when a watch finds the teacher collapsed")
     watch_every: int = setting(1000, "steps between looks at the validation tiles, 0 = none; [ours]")
     watch_tiles: int = setting(4096, "validation tiles looked at; [ours], at least 10 a feature for RankMe")
 
@@ -243,8 +252,8 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
 
 
 ABOVE_0 = """tile_px global_px local_px prototypes head_hidden head_bottleneck steps batch_size checkpoint_every
-    watch_tiles student_temperature teacher_temperature teacher_temperature_start base_lr patch_prototypes patch_hidden
-    patch_bottleneck sinkhorn_iterations kde_kappa layer_decay""".split()  # noqa: SIM905
+    accumulate keep_checkpoints watch_tiles student_temperature teacher_temperature teacher_temperature_start base_lr
+    patch_prototypes patch_hidden patch_bottleneck sinkhorn_iterations kde_kappa layer_decay""".split()  # noqa: SIM905
 NOT_NEGATIVE = """depth width heads registers layer_scale local_views workers threads watch_every seed clip min_lr koleo
     kde ibot stain weight_decay weight_decay_end brightness contrast saturation patch_embed_lr""".split()  # noqa: SIM905
 SHARES = """flip vertical_flip jitter grayscale solarise blur momentum centre_momentum drop_path warmup stain_transfer
@@ -298,16 +307,20 @@ def _check_translation(config: PretrainConfig) -> None:
 
 def _check_batch(config: PretrainConfig) -> None:
     """Raises InputError where a batch is too small for what compares its tiles."""
-    if config.batch_size == 1 and config.koleo:
-        raise InputError("batch_size=1 leaves koleo no neighbour to keep away from; take 2 or koleo=0")
-    if config.batch_size == 1 and getattr(config, "kde", 0):
-        raise InputError("batch_size=1 leaves kde no other tile to compare with; take 2 or kde=0")
+    if config.batch_size % config.accumulate:
+        raise InputError(f"batch_size={config.batch_size} cannot be split into accumulate={config.accumulate} parts")
+    parts = f" in accumulate={config.accumulate} parts" if config.accumulate > 1 else ""
+    alone = f"batch_size={config.batch_size}{parts} leaves"
+    if config.batch_size == config.accumulate and config.koleo:
+        raise InputError(f"{alone} koleo no neighbour to keep away from; take {2 * config.accumulate} or koleo=0")
+    if config.batch_size == config.accumulate and getattr(config, "kde", 0):
+        raise InputError(f"{alone} kde no other tile to compare with; take {2 * config.accumulate} or kde=0")
+    if config.batch_size == config.accumulate and config.head_norm:
+        raise InputError(f"{alone} BatchNorm in the head nothing to normalise; take 2 or head_norm=False")
     if config.batch_size == 1 and config.stain_transfer:
         raise InputError("batch_size=1 leaves stain_transfer no other tile; take 2 or stain_transfer=0")
     if config.batch_size == 1 and config.randstain and not config.randstain_lab:
         raise InputError("batch_size=1 leaves randstain no law of colours; take 2, or give randstain_lab")
-    if config.batch_size == 1 and config.head_norm:
-        raise InputError("batch_size=1 leaves BatchNorm in the head nothing to normalise; take 2 or head_norm=False")
     if config.method == "dinov2" and config.ibot and int(2 * config.batch_size * config.mask_probability) < 1:
         raise InputError(
             f"mask_probability={config.mask_probability} of {2 * config.batch_size} global views hides none; take a "

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pathfm import ranks
 from pathfm.augment import Views
 from pathfm.config import PretrainConfig
-from pathfm.losses import dino_loss, entropy, koleo, moved_centre, sharpened
+from pathfm.depth import by_tile
+from pathfm.losses import Heard, dino_loss, entropy, koleo, moved_centre, sharpened
 from pathfm.schedules import Schedule
 from pathfm.vit import DinoHead, check_size, make_backbone
 
@@ -24,7 +26,10 @@ class Encoder(nn.Module):
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         """CLS features (V, B, D) and logits (V, B, K) of groups of views (V_i, B, 3, h_i, w_i), in their order."""
-        features = torch.cat([self.backbone(group.flatten(0, 1)) for group in views if len(group)])
+        groups = [group for group in views if len(group)]
+        if len({group.shape[1:] for group in groups}) == 1:
+            groups = [torch.cat(groups)]
+        features = torch.cat([self.backbone(group.flatten(0, 1)) for group in groups])
         shape = (-1, views[0].shape[1])
         return features.unflatten(0, shape), self.head(features).unflatten(0, shape)
 
@@ -33,7 +38,7 @@ class Outcome(NamedTuple):
     """What one step's forward pass gives."""
 
     loss: Tensor  # scalar, nats: the sum of the parts, each by its weight
-    heard: dict[str, Tensor]  # the teacher's logits (..., K) by the name of the centre that they move
+    heard: dict[str, Heard]  # the teacher's logits by the name of the centre that they move
     log: dict[str, Tensor]  # scalars: the parts before their weights, 0 where they have none; entropies in nats
 
 
@@ -59,6 +64,7 @@ class Dino(nn.Module):
             check_size(backbone, config.local_px, "local_px")
         self.patch_px = backbone.patch_embed.patch_size[0]
         self.student = self.encoder(backbone)
+        self.drops = by_tile(backbone)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():  # the teacher has no stochastic depth
             if hasattr(module, "drop_prob"):
@@ -92,20 +98,21 @@ class Dino(nn.Module):
             if self.config.koleo:
                 spread = sum(koleo(view) for view in features[: len(logits)])
                 loss = loss + self.config.koleo * spread
-        return Outcome(loss, {"centre": logits}, {"koleo": spread.detach(), **entropies(p)})
+        return Outcome(loss, {"centre": Heard.of(logits)}, {"koleo": spread.detach(), **entropies(p)})
 
     def answers(self, logits: Tensor, temperature: float) -> Tensor:
         """The teacher's probabilities (..., K) of its logits on CLS."""
         return sharpened(logits, self.centre, temperature)
 
     @torch.no_grad()
-    def follow(self, outcome: Outcome, momentum: float) -> None:
-        """After the student's step: the teacher moves towards it, the centres towards the teacher's mean."""
+    def follow(self, outcomes: list[Outcome], momentum: float) -> None:
+        """After the student's step on a batch in one or more parts: the teacher moves towards it, the centres towards
+        the teacher's mean."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
-        for name, logits in outcome.heard.items():
-            centre = getattr(self, name)
-            centre.copy_(moved_centre(centre, logits, self.config.centre_momentum))
+        for name in outcomes[0].heard:
+            centre, heard = getattr(self, name), [outcome.heard[name] for outcome in outcomes]
+            centre.copy_(moved_centre(centre, heard, self.config.centre_momentum))
 
     def groups(self) -> list[dict]:
         """The student's parameters for AdamW: with weight decay, and (biases, norms) without, as DINO's code."""
@@ -123,7 +130,7 @@ class Dino(nn.Module):
 
     def clip(self) -> Tensor:
         """Bounds the student's gradients, parameter by parameter, and returns the norm of all before."""
-        return clip_gradients([p for p in self.student.parameters() if p.requires_grad], self.config.clip)
+        return ranks.whole(clip_gradients([p for p in self.student.parameters() if p.requires_grad], self.config.clip))
 
 
 def is_bare(name: str, p: Tensor) -> bool:
@@ -136,7 +143,7 @@ def entropies(p: Tensor) -> dict[str, Tensor]:
 
     The second is near 0 where one prototype serves all.
     """
-    return {"teacher_entropy": entropy(p).mean(), "prototype_entropy": entropy(p.mean((0, 1)))}
+    return {"teacher_entropy": entropy(p).mean(), "prototype_entropy": entropy(ranks.mean(p.mean((0, 1))))}
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pathfm import ranks
 from pathfm.augment import Views
 from pathfm.config import DinoV2Config
 from pathfm.dino import Dino, Encoder, Outcome, entropies, is_bare
-from pathfm.losses import dino_loss, entropy, ibot_loss, kde, koleo, sharpened, sinkhorn
+from pathfm.losses import Heard, dino_loss, entropy, ibot_loss, kde, koleo, sharpened, sinkhorn
 from pathfm.schedules import Schedule
 from pathfm.vit import DinoHead, drop_path_everywhere, tokens_seen
 
@@ -79,9 +80,9 @@ class DinoV2(Dino):
             }
         loss = parts["dino"] + c.ibot * parts["ibot"] + c.koleo * parts["koleo"] + c.kde * parts["kde"]
         log = {name: part.detach() for name, part in parts.items()} | entropies(p)
-        log["patch_entropy"] = entropy(patch_p).mean() if len(patch_p) else zero
+        log["patch_entropy"] = ranks.mean_row(entropy(patch_p))
         heard = {"centre": logits, "patch_centre": patch_logits} if c.centring == "centre" else {}
-        return Outcome(loss, heard, log)
+        return Outcome(loss, {name: Heard.of(said) for name, said in heard.items()}, log)
 
     def answers(self, logits: Tensor, temperature: float) -> Tensor:
         """The teacher's probabilities (..., K) of its logits on CLS."""
@@ -124,4 +125,4 @@ class DinoV2(Dino):
         student, limit = self.student, self.config.clip or torch.inf
         heads = [list(head.parameters()) for head in (student.head, student.patch_head) if head is not None]
         parts = [[*student.backbone.parameters(), student.mask_token], *heads]
-        return torch.stack([nn.utils.clip_grad_norm_(part, limit) for part in parts]).norm()
+        return torch.stack([ranks.whole(nn.utils.clip_grad_norm_(part, limit)) for part in parts]).norm()

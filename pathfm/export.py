@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pathfm import vit
-from pathfm.errors import InputError
-from pathfm.storage import atomic, write_json
+from pathfm import card, weights
+from pathfm.errors import InputError, nearest
+from pathfm.storage import atomic, cache_dir, read_json, write_json
+from pathfm.weights import MEAN, STD
 
 LAYER_SCALE = 1e-5  # says that there is one; its values are in the weights
-MEAN = STD = (0.5, 0.5, 0.5)  # inputs in [-1, 1], as the kaiko models; travels with the weights
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Preprocess:
         return mpp * side_px / self.input_px if resize else mpp
 
 
-def export(model: VisionTransformer, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
+def export(model: VisionTransformer, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
     """Writes `model` so that `timm.create_model("local-dir:<folder>", pretrained=True)` gives its features.
 
-    card  what a reader should know, by heading: data, recipe, init, commit, ...; README.md lists it
+    about  what a reader should know, by heading; README.md, the model card, lists it (`pathfm.card`)
     """
     folder = Path(folder)
     px, width = model.patch_embed.img_size[0], model.num_features
@@ -67,6 +67,8 @@ def export(model: VisionTransformer, folder: str | Path, card: dict[str, Any] | 
         arguments["reg_tokens"] = model.num_reg_tokens
     if hasattr(model.blocks[0].ls1, "gamma"):
         arguments["init_values"] = LAYER_SCALE
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    written = safetensors.torch.save(tensors, {"format": "pt"})
     config = {
         "architecture": model.pretrained_cfg["architecture"],
         "num_classes": 0,
@@ -87,45 +89,69 @@ def export(model: VisionTransformer, folder: str | Path, card: dict[str, Any] | 
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        "pathfm": card or {},
+        "weights_sha256": hashlib.sha256(written).hexdigest(),
+        "pathfm": about or {},
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic(folder / vit.WEIGHTS) as file:
-        file.write(safetensors.torch.save(weights, {"format": "pt"}))
+    with atomic(folder / weights.WEIGHTS) as file:
+        file.write(written)
     with atomic(folder / "README.md", "w") as file:
-        file.write(_card(config))
+        file.write(card.markdown(config))
     write_json(folder / "config.json", config)  # last: a folder with a config is a whole one
     return folder
 
 
-def load(folder: str | Path) -> tuple[VisionTransformer, Preprocess]:
+def export_run(folder: str | Path, out: str | Path, which: str = "teacher", licence: str = "") -> Path:
+    """Writes the teacher's or student's backbone of the finished run in `folder` to `out`, with its card.
+
+    which    "teacher" (what leaves by itself, at <folder>/teacher) or "student", from the run's last checkpoint
+    licence  of the weights; the card says that it is not stated where this is empty, and why
+
+    Raises InputError where the run is not finished, and for another `which`.
+    """
+    from pathfm import checkpoint, logbook
+
+    if which not in ("teacher", "student"):
+        raise InputError(f"which='{which}' is unknown.{nearest(which, ('teacher', 'student'))}")
+    folder = Path(folder)
+    network, _ = load(folder / "teacher")
+    saved = sorted(folder.glob("checkpoint*.safetensors"))
+    if not saved:
+        raise InputError(f"{folder} holds no checkpoint; give the folder that `pathfm pretrain` wrote to")
+    tensors, _ = checkpoint.load(saved[-1])
+    weights.fit_weights(network, weights.Start(weights.backbone_of(tensors, saved[-1], which), str(saved[-1])))
+    looks = logbook.read(folder / "watches.csv")
+    return export(network, out, card.of_run(read_json(folder / "params.json"), looks, which, licence))
+
+
+def load(where: str | Path) -> tuple[VisionTransformer, Preprocess]:
     """The backbone of an exported folder, ready to embed (eval mode, CPU), and its preprocessing.
 
     `model(preprocess(tiles))` are CLS features (B, D); `pathfm.vit.patch_tokens` gives the patches' own.
-    Raises InputError where the folder is none of ours or timm's, or damaged.
+
+    where  a folder, or the address of one (http://...), whose two files are fetched once and kept in the cache
+
+    Raises InputError where the folder is none of ours or timm's, cannot be fetched, or is damaged.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is no folder; give one with config.json and {vit.WEIGHTS}")
-    model, config = vit.from_folder(folder)
+    folder = fetched(str(where)) if "://" in str(where) else Path(where)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give one with config.json and {weights.WEIGHTS}")
+    model, config = weights.from_folder(folder)
     pretrained = config.get("pretrained_cfg", {})
     return model, Preprocess(
         model.patch_embed.img_size[0], tuple(pretrained.get("mean", MEAN)), tuple(pretrained.get("std", STD))
     )
 
 
-def _card(config: dict[str, Any]) -> str:
-    """A model card in Markdown."""
-    lines = [f"# {config['architecture']}, pretrained with pathfm", ""]
-    lines += [
-        "```python",
-        'model = timm.create_model("local-dir:<this folder>", pretrained=True)',
-        "```",
-        "",
-        f"Input: {config['pretrained_cfg']['input_size'][1]} px tiles, mean = std = 0.5. Output: the CLS token, "
-        f"{config['num_features']} features.",
-        "",
-    ]
-    for heading, content in config["pathfm"].items():
-        text = content if isinstance(content, str) else f"```json\n{json.dumps(content, indent=2, default=str)}\n```"
-        lines += [f"## {heading}", "", text, ""]
-    return "\n".join(lines)
+def fetched(url: str) -> Path:
+    """A folder in the cache with the config.json and the weights that lie below `url`, whole, and as exported.
+
+    Ours say the hash of their weights, which must hold. Raises InputError where they cannot be had.
+    """
+    from pathfm.fetch import fetch
+
+    url = url.rstrip("/")
+    folder = cache_dir() / "hub" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    (config,) = fetch([f"{url}/config.json"], folder)
+    checksum = read_json(config).get("weights_sha256")
+    fetch([f"{url}/{weights.WEIGHTS}" + (f"#sha256={checksum}" if checksum else "")], folder)
+    return folder

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from pathfm import export
+from pathfm import extractors
 from pathfm.benchmarks import TileSet
-from pathfm.descriptors import DESCRIPTORS, VERSION
-from pathfm.errors import InputError, nearest
-from pathfm.storage import atomic, cache_dir, progress, read_json, write_json
+from pathfm.errors import InputError
+from pathfm.extractors import FLOORS, POOLS, Extractor, fingerprint, metadata_columns, random_twin
+from pathfm.storage import cache_dir, explained, progress, read_json, write_json
 
-FLOORS = ("chance", *DESCRIPTORS, "metadata")
-POOLS = ("cls", "mean", "both")
-NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # of a module; none changes what it computes
+__all__ = ["FLOORS", "POOLS", "Features", "extract", "fingerprint", "metadata_columns", "pools", "random_twin"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,6 +74,8 @@ def extract(
     folder: str | Path | None = None,
     batch_size: int = 64,
     device: str | None = None,
+    layers: int = 1,
+    precision: str = "float32",
 ) -> Features:
     """Features of every tile, from the cache where these weights have seen these images before.
 
@@ -85,21 +86,50 @@ def extract(
     pool        "cls" token, "mean" of the patch tokens, or "both" side by side
     folder      of the cache; None is <cache_dir>/features
     device      to move the model to; None leaves it where it is
+    layers      the last so many blocks side by side; with pool "both" the CLS of all, then the means of all
+    precision   "float32", "bfloat16", or "auto": bfloat16 for a large set where, on 512 of its tiles, 99 % of the
+                20 nearest neighbours stay and the kNN's score moves by 0.2 points at most; stored as float32
 
-    Raises InputError for an unknown floor or pool, a model without the token asked for, an input size it
-    refuses, and features that are not finite.
+    An extraction that was killed goes on behind its last whole batch, and gives the same numbers.
+    Raises InputError for an unknown floor or pool, a model without the token or layers asked for, an input size
+    it refuses, and features that are not finite.
     """
-    extractor = _extractor(model, tiles, preprocess, pool, device)
-    key = _hash(extractor.key, *tiles.table["digest"])
+    make = _maker(model, tiles, preprocess, pool, layers, device)
+    extractor = make(precision)
+    key = _key(extractor, tiles)
     folder = Path(folder) if folder else cache_dir() / "features"
     path, record = folder / f"{key}.npy", folder / f"{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
         if _stale(path, record, len(tiles)):
-            width = _write(path, extractor, tiles, batch_size, name or extractor.name)
-            write_json(record, {"n": len(tiles), "d": width, "key": key, **extractor.provenance})
+            chosen, measured = choose(make, tiles) if precision == "auto" else (extractor, {})
+            width = _write(path, chosen, tiles, batch_size, name or extractor.name)
+            write_json(record, {"n": len(tiles), "d": width, "key": key, **chosen.provenance, **measured})
     provenance = {**read_json(record), "effective_mpp": _effective_mpp(extractor, tiles)}
     return Features(name or extractor.name, np.load(path, mmap_mode="r"), tiles, provenance)
+
+
+def _maker(model, tiles: TileSet, preprocess, pool: str, layers: int, device) -> Callable[[str], Extractor]:
+    """Precision -> the extractor; a floor has one precision."""
+    if isinstance(model, str) and model in FLOORS:
+        known = extractors.floor(model, tiles)
+        return lambda precision: known
+    return lambda precision: extractors.backbone(model, preprocess, pool, layers, precision, device)
+
+
+def choose(make: Callable[[str], Extractor], tiles: TileSet) -> tuple[Extractor, dict]:
+    """bfloat16 where a sample of the tiles says that it is as good, else float32; and what was measured."""
+    single = make("float32")
+    if len(tiles) < extractors.WORTH_A_SAMPLE or "precision" not in single.provenance:
+        return single, {}
+    sample = tiles.subset(np.linspace(0, len(tiles) - 1, extractors.SAMPLE).astype(int))
+    half = make("bfloat16")
+    agreed = extractors.agreement(_all(single, sample), _all(half, sample), sample.y)
+    return half if agreed.same else single, {"bfloat16": agreed._asdict()}
+
+
+def _all(extractor: Extractor, tiles: TileSet) -> np.ndarray:
+    return np.concatenate([extractor.features(images, rows) for images, rows in _batches(tiles, 64)])
 
 
 def pools(features: Features) -> list[Features]:
@@ -122,148 +152,7 @@ def pools(features: Features) -> list[Features]:
     ]
 
 
-def random_twin(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same architecture with weights drawn anew by its own initialisation: the floor of every backbone."""
-    twin = copy.deepcopy(model).cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in twin.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        if hasattr(twin, "init_weights"):  # timm: position embeddings, tokens and its own ranges
-            twin.init_weights()
-    return twin.eval()
-
-
-@dataclass(frozen=True)
-class _Extractor:
-    name: str
-    key: str
-    features: Callable[[list[np.ndarray], pd.DataFrame], np.ndarray]  # images and their rows to (B, D)
-    provenance: dict
-    preprocess: Callable | None = None
-
-
-def _extractor(model, tiles: TileSet, preprocess, pool: str, device: str | None) -> _Extractor:
-    if isinstance(model, str) and model in FLOORS:
-        return _floor(model, tiles)
-    name = type(model).__name__
-    if isinstance(model, str | Path):
-        if isinstance(model, str) and not Path(model).exists():
-            raise InputError(f"'{model}' is neither a folder nor a floor.{nearest(model, FLOORS)}")
-        name = Path(model).name
-        model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
-    if pool not in POOLS:
-        raise InputError(f"unknown pool '{pool}'.{nearest(pool, POOLS)}")
-    preprocess = preprocess or _timm_preprocess(model)
-    weights = fingerprint(model)
-    model = model if device is None else model.to(device)
-    return _Extractor(
-        name=name,
-        key=_hash(weights, repr(preprocess), pool),
-        features=lambda images, rows: _embed(model, preprocess, images, pool),
-        provenance={"model": name, "weights": weights, "preprocess": repr(preprocess), "pool": pool},
-        preprocess=preprocess,
-    )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of every weight and of the architecture that they sit in, down to what no weight shows (heads)."""
-    digest = hashlib.blake2b(repr(model).encode(), digest_size=12)
-    for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k not in NO_MATTER}
-        digest.update(f"{name} {sorted(plain.items())}".encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _timm_preprocess(model: nn.Module) -> export.Preprocess:
-    config = getattr(model, "pretrained_cfg", None)
-    if not config:
-        raise InputError(f"{type(model).__name__} does not say how it wants its input; give preprocess")
-    patch_embed = getattr(model, "patch_embed", None)
-    side = patch_embed.img_size[0] if getattr(patch_embed, "img_size", None) else config["input_size"][-1]
-    return export.Preprocess(side, tuple(config["mean"]), tuple(config["std"]))
-
-
-@torch.inference_mode()
-def _embed(model: nn.Module, preprocess: Callable, images: list[np.ndarray], pool: str) -> np.ndarray:
-    x = torch.cat([preprocess(batch) for batch in _same_size(images)]).to(next(model.parameters()).device)
-    training = model.training
-    try:
-        tokens = model.eval().forward_features(x)
-    except AssertionError as error:  # timm asserts its input size
-        raise InputError(f"{type(model).__name__} refuses an input of {tuple(x.shape)}: {error}") from None
-    finally:
-        model.train(training)
-    return _pooled(model, tokens, pool).float().cpu().numpy()
-
-
-def _same_size(images: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Runs of consecutive images of one size, as (B, side, side, 3)."""
-    images = [_square(image) for image in images]
-    start = 0
-    for stop in range(1, len(images) + 1):
-        if stop == len(images) or images[stop].shape != images[start].shape:
-            yield np.stack(images[start:stop])
-            start = stop
-
-
-def _square(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[top : top + side, left : left + side]
-
-
-def _pooled(model: nn.Module, tokens: Tensor, pool: str) -> Tensor:
-    if tokens.ndim == 4:  # a convolutional map (B, D, h, w)
-        tokens, prefix = tokens.flatten(2).mT, 0
-    else:
-        prefix = getattr(model, "num_prefix_tokens", 0)
-    if pool == "mean":
-        return tokens[:, prefix:].mean(dim=1)
-    if getattr(model, "cls_token", None) is None:
-        raise InputError(f"{type(model).__name__} has no CLS token; take pool='mean'")
-    if pool == "cls":
-        return tokens[:, 0]
-    return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
-
-
-def _floor(name: str, tiles: TileSet) -> _Extractor:
-    if name == "chance":
-        compute = _chance
-    elif name == "metadata":
-        columns = metadata_columns(tiles)
-        if not columns:
-            raise InputError(f"{tiles.name}: image size and mpp are the same everywhere; metadata say nothing")
-        known = _hash(tiles.table[columns].to_csv(index=False))
-        return _Extractor(name, f"metadata {known}", lambda images, rows: _metadata(rows[columns]), {"model": name})
-    else:
-        descriptor = DESCRIPTORS[name]
-        compute = lambda images, rows: np.stack([descriptor(image) for image in images])  # noqa: E731
-    return _Extractor(name, f"{name} {VERSION}", compute, {"model": name, "version": VERSION})
-
-
-def _chance(images: list[np.ndarray], rows: pd.DataFrame) -> np.ndarray:
-    return np.zeros((len(images), 1))
-
-
-def metadata_columns(tiles: TileSet) -> list[str]:
-    """Which of width_px, height_px, mpp and magnification vary between the tiles, where known."""
-    known = [c for c in ("width_px", "height_px", "mpp", "magnification") if c in tiles.table]
-    return [c for c in known if tiles.table[c].notna().all() and tiles.table[c].nunique() > 1]
-
-
-def _metadata(rows: pd.DataFrame) -> np.ndarray:
-    """Logarithms of sizes; a magnification may be written 20, 20x or 20X."""
-    numbers = rows.apply(lambda column: pd.to_numeric(column.astype(str).str.rstrip("xX"), errors="coerce"))
-    return np.log(numbers.to_numpy(float))
-
-
-def _effective_mpp(extractor: _Extractor, tiles: TileSet) -> float | None:
+def _effective_mpp(extractor: Extractor, tiles: TileSet) -> float | None:
     """Median um per pixel that the model saw; None where the tiles' mpp or the view's side is not known."""
     side = tiles.table[["width_px", "height_px"]].min(axis=1)
     if not hasattr(extractor.preprocess, "effective_mpp") or tiles.table["mpp"].isna().all():
@@ -271,28 +160,73 @@ def _effective_mpp(extractor: _Extractor, tiles: TileSet) -> float | None:
     return float(extractor.preprocess.effective_mpp(tiles.table["mpp"], side).median())
 
 
-def _write(path: Path, extractor: _Extractor, tiles: TileSet, batch_size: int, name: str) -> int:
-    """Writes the features as .npy batch by batch and returns how many a tile has.
+def _write(path: Path, extractor: Extractor, tiles: TileSet, batch_size: int, name: str) -> int:
+    """Writes the features as .npy batch by batch, behind what an earlier run left, and returns how many a tile has.
 
     Through plain writes: a memory map would end the process, not raise, where the disk is full.
     """
-    start = width = 0
-    batches = progress(tiles.images(batch_size), name, -(-len(tiles) // batch_size), "batch")
-    with atomic(path) as file:
-        for images in batches:
-            rows = tiles.table.iloc[start : start + len(images)]
-            x = np.ascontiguousarray(extractor.features(images, rows), dtype="<f4")
-            bad = ~np.isfinite(x).all(axis=1)
-            if bad.any():
-                first = rows["file"].iloc[int(bad.argmax())]
-                raise InputError(f"features '{name}' hold NaN or infinity, first for {first}; look at the weights")
-            if not start:
-                width = x.shape[1]
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(tiles), width)}
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(x.tobytes())
-            start += len(images)
+    partial = path.with_name(f".{path.stem}.partial")
+    done, width = _kept(partial, len(tiles), batch_size)
+    rest = tiles.subset(np.arange(done, len(tiles))) if done else tiles
+    batches = progress(ahead(_batches(rest, batch_size)), name, -(-len(rest) // batch_size), "batch")
+    try:
+        with explained(path), open(partial, "ab" if done else "wb", buffering=0) as file:
+            for images, rows in batches:
+                x = np.ascontiguousarray(extractor.features(images, rows), dtype="<f4")
+                _finite(x, rows, name)
+                if not width:
+                    width = x.shape[1]
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (len(tiles), width)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(x.tobytes())
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except InputError:  # a full disk or spoilt features: what is there is no start for another try
+        partial.unlink(missing_ok=True)
+        raise
     return width
+
+
+def _kept(partial: Path, n: int, batch_size: int) -> tuple[int, int]:
+    """Rows and features a row that an interrupted extraction left, cut to whole batches; 0, 0 where it left none."""
+    try:
+        with open(partial, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            header = file.tell()
+    except (OSError, ValueError):
+        return 0, 0
+    row = 4 * shape[1]
+    batches = (partial.stat().st_size - header) // (row * batch_size)
+    if shape[0] != n or not batches:
+        return 0, 0
+    os.truncate(partial, header + batches * batch_size * row)
+    return min(batches * batch_size, n), shape[1]
+
+
+def _batches(tiles: TileSet, batch_size: int) -> Iterator[tuple[list[np.ndarray], pd.DataFrame]]:
+    """Images and their rows of the table."""
+    start = 0
+    for images in tiles.images(batch_size):
+        yield images, tiles.table.iloc[start : start + len(images)]
+        start += len(images)
+
+
+def ahead(items: Iterable) -> Iterator[Any]:
+    """The same items, the next one made in a thread while this one is used."""
+    end, iterator = object(), iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, iterator, end)
+            yield item
+
+
+def _finite(x: np.ndarray, rows: pd.DataFrame, name: str) -> None:
+    bad = ~np.isfinite(x).all(axis=1)
+    if bad.any():
+        first = rows["file"].iloc[int(bad.argmax())]
+        raise InputError(f"features '{name}' hold NaN or infinity, first for {first}; look at the weights")
 
 
 def _stale(path: Path, record: Path, n: int) -> bool:
@@ -304,5 +238,5 @@ def _stale(path: Path, record: Path, n: int) -> bool:
         return True
 
 
-def _hash(*parts: str) -> str:
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
+def _key(extractor: Extractor, tiles: TileSet) -> str:
+    return hashlib.blake2b("\n".join([extractor.key, *tiles.table["digest"]]).encode(), digest_size=12).hexdigest()

@@ -91,12 +91,14 @@ class Grid:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Tile]:
-        names = [TileName(*row) for row in self.names(numbers).itertuples(index=False)]
-        return [Tile(image, *name) for image, name in zip(self._stream._images(names), names, strict=True)]
+        return [Tile(image, *name) for name, image in self._stream._read(numbers, self._named)]
 
     def name(self, i: int) -> TileName:
         """What tile i is, without reading it."""
-        return TileName(*next(self.names([i]).itertuples(index=False)))
+        return self._named([i])[0]
+
+    def _named(self, numbers: Iterable[int]) -> list[TileName]:
+        return [TileName(*row) for row in self.names(numbers).itertuples(index=False)]
 
     def names(self, numbers: Iterable[int]) -> pd.DataFrame:
         """One row a tile, as TileStream has them."""

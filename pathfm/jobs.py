@@ -1,4 +1,11 @@
-"""Independent jobs, each worth a process: run here, in worker processes of this machine, or on a Dask cluster."""
+"""Independent jobs, each worth a process: run here, in worker processes of this machine, or on a Dask cluster.
+
+    for key, found in jobs.run(scan, {"a.svs": ("a.svs", 0.5), ...}, crashed, workers=4): ...
+
+A job is a call of one function: anything that takes arguments and gives a result that can be pickled, such as the scan
+of a slide or the features of a few thousand tiles. It should last seconds at least, for its way to a worker and back
+costs some milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +38,37 @@ def run(
     crashed: Callable[..., Any],
     workers: int = 0,
     scheduler: str | None = None,
+    in_order: bool = False,
 ) -> Iterator[tuple[str, Any]]:
-    """(key, function(*arguments)) of each job, key -> arguments, as they finish.
+    """(key, function(*arguments)) of each job, key -> arguments, as they finish, or in the order of `jobs`.
 
     function   of a module that the workers can import; it raises only what should end everything
     crashed    called with the arguments of a job whose process dies; what it returns is that job's result
     workers    processes on this machine, each with one thread; 0 or 1: this process, without protection from a crash
     scheduler  address of a Dask scheduler, "tcp://host:8786": its workers do it instead
+    in_order   keep what is early until all before it is out; a job whose workers die holds the later ones back
 
     Arguments and results travel through Dask, so nothing needs to be shared but what `function` itself opens. A
     worker that dies loses nothing: its jobs run again elsewhere. One that Dask gives up on, for its workers died
     time and again, runs once more with nothing beside it, and counts as crashed only if it dies there too.
 
-    Raises InputError where the scheduler cannot be reached, is lost, or has no worker for PATIENCE_S.
+    Raises InputError where the scheduler cannot be reached, is lost, or has no worker for PATIENCE_S. A generator that
+    is closed, as by Ctrl-C, ends the jobs that are left.
     """
+    with contextlib.closing(_as_they_finish(function, jobs, crashed, workers, scheduler)) as results:
+        yield from _in_order(results, jobs) if in_order else results
+
+
+def _in_order(results: Iterator[tuple[str, Any]], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    early: dict[str, Any] = {}
+    for key in keys:
+        while key not in early:
+            done, result = next(results)
+            early[done] = result
+        yield key, early.pop(key)
+
+
+def _as_they_finish(function, jobs, crashed, workers: int, scheduler: str | None) -> Iterator[tuple[str, Any]]:
     if not scheduler and workers <= 1:
         yield from ((key, function(*arguments)) for key, arguments in jobs.items())
         return

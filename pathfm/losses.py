@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +97,24 @@ def kde(features: Tensor, kappa: float = 5.0) -> Tensor:
     return (likeness.logsumexp(1) - math.log(len(everyone) - 1)).mean()
 
 
-def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
-    """The centre (K,) after a batch of teacher logits (..., K): a moving average of all ranks' mean. Eq. 4."""
-    rows = full(logits).flatten(0, -2)
-    return torch.lerp(ranks.mean_row(rows), centre, momentum) if ranks.row_count(rows) else centre
+class Heard(NamedTuple):
+    """What the teacher said, as far as it moves a centre."""
+
+    total: Tensor  # (K,) the sum of its logits
+    rows: int  # over how many
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Heard:
+        """Of logits (..., K)."""
+        rows = full(logits).flatten(0, -2)
+        return cls(rows.sum(0), len(rows))
+
+
+def moved_centre(centre: Tensor, heard: list[Heard], momentum: float) -> Tensor:
+    """The centre (K,) after a batch, in one or several parts: a moving average of all ranks' mean. Eq. 4."""
+    rows = ranks.summed(centre.new_tensor(sum(part.rows for part in heard), dtype=torch.float32))
+    mean = ranks.summed(sum(part.total for part in heard)) / rows.to(centre.dtype)
+    return torch.where(rows > 0, torch.lerp(mean, centre, momentum), centre)
 
 
 def entropy(p: Tensor) -> Tensor:

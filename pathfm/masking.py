@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,23 +14,34 @@ RATIO = (0.3, 1 / 0.3)  # height over width of a block; BEiT (Bao et al. 2022, a
 TRIES = 10  # for a block that fits; then the mask stays as it is
 
 
-def block_masks(images: int, side: int, probability: float, ratio: tuple[float, float], generator: Generator) -> Tensor:
+def block_masks(
+    images: int,
+    side: int,
+    probability: float,
+    ratio: tuple[float, float],
+    generator: Generator,
+    wanted: Sequence[int] | None = None,
+) -> Tensor:
     """Masks (images, side * side), True where a patch is hidden, row by row, drawn by a CPU `generator`.
 
     side         patches along a side of the view
     probability  share of the images that have a mask at all, rounded down
     ratio        least and greatest share of patches hidden; the masked images' shares are spread evenly over it
+    wanted       numbers of the images whose masks are returned, each the same whatever else is wanted; None: all
 
     DINOv2's code; a mask may fall short of its share by a few patches where no further block fits.
     """
-    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    masked = int(images * probability)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    rng, masked = np.random.default_rng(seed), int(images * probability)
     low, high = ratio
-    shares = low + (high - low) * (np.arange(masked) + rng.random(masked)) / max(1, masked)
-    masks = np.zeros((images, side, side), dtype=bool)
-    for mask, share in zip(masks, shares, strict=False):
-        hide_blocks(mask, int(share * side**2), rng)
-    return torch.from_numpy(rng.permutation(masks).reshape(images, side**2))
+    shares = np.zeros(images)
+    shares[:masked] = low + (high - low) * (np.arange(masked) + rng.random(masked)) / max(1, masked)
+    shares = rng.permutation(shares)
+    wanted = range(images) if wanted is None else wanted
+    masks = np.zeros((len(wanted), side, side), dtype=bool)
+    for mask, image in zip(masks, wanted, strict=True):
+        hide_blocks(mask, int(shares[image] * side**2), np.random.default_rng([seed, image]))
+    return torch.from_numpy(masks.reshape(len(wanted), side**2))
 
 
 def hide_blocks(mask: np.ndarray, n: int, rng: np.random.Generator) -> None:

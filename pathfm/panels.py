@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from pathfm import figures
 from pathfm.benchmarks import TileSet
+from pathfm.comparisons import Ranks
 
 MARKERS = {"linear": "o", "kNN": "s"}
 GREY = "#555555"
@@ -45,6 +46,21 @@ def sizes(scores: pd.DataFrame) -> str:
     first = scores.iloc[0]
     known = pd.notna(first.n_patients)
     return f"{first.n_tiles} tiles of {first.n_patients} patients" if known else f"{first.n_tiles} tiles"
+
+
+def mean_ranks(ax: Axes, ranks: Ranks) -> Axes:
+    """Mean ranks with their bootstrap interval, best above; the bar is the critical difference of Nemenyi's test."""
+    table = ranks.table
+    places = -np.arange(len(table))
+    ax.hlines(places, table["low"], table["high"], color=GREY, lw=2)
+    ax.plot(table["mean_rank"], places, "o", color="black", ms=5)
+    ax.set_yticks(places, table.index)
+    ax.tick_params(axis="y", length=0)
+    ax.plot([1, 1 + ranks.critical_difference], [1, 1], color="black", lw=2.5, solid_capstyle="butt")
+    ax.text(1, 1.25, f"critical difference {ranks.critical_difference:.1f}", fontsize=7)
+    ax.set(ylim=(0.4 - len(table), 2.2), xlim=(0.7, max(len(table), 1 + ranks.critical_difference) + 0.3))
+    ax.set_xlabel(f"mean rank over {ranks.n_tasks} tasks, 1 the best")
+    return ax
 
 
 def confusion(ax: Axes, truth, predicted, classes: list[str]) -> Axes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from operator import itemgetter
@@ -20,7 +20,7 @@ from pathfm.resample import extent, resample
 from pathfm.source import arriving
 from pathfm.tilemap import Piece, Wanted, cover
 
-FETCHERS = 4  # batches whose bytes are on their way at a time, from slides that lie elsewhere
+FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
 SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
 WHITE = 255  # what is beyond the slide, and where it has no compressed tile
 
@@ -74,14 +74,36 @@ class Batch(NamedTuple):
     pieces: list[list[Piece]]
 
 
+class Begun(NamedTuple):
+    """A batch whose bytes are on their way."""
+
+    batch: Batch
+    data: dict[str, Callable[[], dict]]  # see `fetched`
+
+    @property
+    def bytes(self) -> int:
+        """Of compressed tiles, those that several jobs need counted for each."""
+        return sum(piece.length for own in self.batch.pieces for piece in own)
+
+
 def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
     """The pixels of each job, (height, width, 3) uint8 on white. Threads change the speed and no pixel.
 
     Raises InputError, which names the slide, where it is damaged or has changed.
     """
+    return finish(begin(jobs, threads), threads)
+
+
+def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
+    """Ask for the bytes of jobs, and wait for none that lie elsewhere; `finish` gives the pixels."""
     batch = planned(jobs)
-    data = fetched(batch, threads)
-    shared = _decoded_ahead(batch, data, threads)
+    return Begun(batch, fetched(batch, threads))
+
+
+def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
+    """What `read` returns, of jobs that were begun."""
+    batch, data = begun
+    jobs, shared = batch.jobs, _decoded_ahead(batch, data, threads)
 
     def paint(k: int) -> np.ndarray:
         return _paint(jobs[k], batch.frames[k], batch.pieces[k], data.get(jobs[k].slide.path), shared)
@@ -117,18 +139,24 @@ def fetched(batch: Batch, threads: int = 1) -> dict[str, Callable[[], dict[tuple
             slides[job.slide.path] = job.slide
             wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
     parts, paths = {path: Future() for path in slides}, list(slides)
-    if any(stores.is_address(path) for path in slides):
-        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, paths, slides, wanted, parts)
+
+    def arrivals(some: list[str]) -> Iterator:
+        return arriving([(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in some])
+
+    def bring(k: int) -> None:
+        _bring(arrivals(paths[k::threads]), paths[k::threads], slides, wanted, parts)
+
+    if any(stores.is_address(path) for path in paths):
+        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals(paths), paths, slides, wanted, parts)
     else:
-        _each(lambda k: _bring(paths[k::threads], slides, wanted, parts), range(min(threads, len(paths))), threads)
+        _each(bring, range(min(threads, len(paths))), threads)
     return {path: future.result for path, future in parts.items()}
 
 
-def _bring(paths: list[str], slides: dict, wanted: dict[str, dict], parts: dict[str, Future]) -> None:
+def _bring(arrivals: Iterator, paths: list[str], slides: dict, wanted: dict, parts: dict[str, Future]) -> None:
     """Fill in the bytes of these slides, or why they cannot be had."""
     try:
-        requests = [(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in paths]
-        for number, data in arriving(requests):
+        for number, data in arrivals:
             path = paths[number]
             found = dict(zip(wanted[path], data, strict=True))
             if len(slides[path].tiles.checks):

@@ -78,7 +78,7 @@ def interval(predictions: Prediction | Sequence[Prediction], resamples: int = RE
     Patients are drawn with replacement (slides or images where a patient is not known), and seeds too.
     A class that a draw misses is left out of that draw's mean.
     """
-    runs = _as_runs(predictions)
+    runs = as_runs(predictions)
     weights, seeds = _draws(runs, resamples, seed)
     drawn = _drawn_means(runs, weights, seeds)
     return Interval(_mean_score(runs), *_quantiles(drawn))
@@ -106,7 +106,7 @@ def paired(
     Pretraining seeds are drawn jointly where both have the same ones. Raises InputError where the test tiles
     differ.
     """
-    a, b = _as_runs(a), _as_runs(b)
+    a, b = as_runs(a), as_runs(b)
     same_tiles(a[0], b[0])
     weights, seeds_a = _draws(a, resamples, seed)
     same_seeds = [run.seed for run in a] == [run.seed for run in b]
@@ -128,7 +128,7 @@ def share_closed(
 
     Patients, and the pretraining seeds that teacher and start share, are drawn as in `paired`.
     """
-    teacher, start, top = _as_runs(teacher), _as_runs(start), _as_runs(oracle)
+    teacher, start, top = as_runs(teacher), as_runs(start), as_runs(oracle)
     for other in (start, top):
         same_tiles(teacher[0], other[0])
     weights, seeds = _draws(teacher, resamples, seed)
@@ -231,7 +231,8 @@ def n_patients(table: pd.DataFrame) -> int | None:
     return None if who is None else len(set(who))
 
 
-def _as_runs(predictions: Prediction | Sequence[Prediction]) -> list[Prediction]:
+def as_runs(predictions: Prediction | Sequence[Prediction]) -> list[Prediction]:
+    """One prediction or several as a list. Raises InputError where seeds repeat or test tiles differ."""
     runs = [predictions] if isinstance(predictions, Prediction) else list(predictions)
     if not runs:
         raise InputError("no predictions to score")
@@ -251,7 +252,7 @@ def same_tiles(a: Prediction, b: Prediction) -> None:
         raise InputError(f"{a.name} and {b.name} were tested on different tiles; probe both on one TileSet")
 
 
-def _counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+def counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     """Tiles (P, C) and right ones (S, P, C) of each patient and class."""
     table = runs[0].table
     who = patients(table)
@@ -268,7 +269,7 @@ def _counts(runs: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
 def _draws(runs: list[Prediction], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each patient (R, P) and each seed (R, S) is drawn."""
     rng = np.random.default_rng(seed)
-    people = len(_counts(runs)[0])
+    people = len(counts(runs)[0])
     weights = rng.multinomial(people, np.full(people, 1 / people), size=resamples)
     seeds = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples)
     return weights.astype(float), seeds / len(runs)
@@ -276,7 +277,7 @@ def _draws(runs: list[Prediction], resamples: int, seed: int) -> tuple[np.ndarra
 
 def _drawn_means(runs: list[Prediction], weights: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """(R,) balanced accuracy of each draw, mean over its seeds."""
-    n, right = _counts(runs)
+    n, right = counts(runs)
     drawn = weights @ n
     with np.errstate(invalid="ignore"):
         recall = np.where(drawn > 0, np.einsum("rp,spc->src", weights, right, optimize=True) / drawn, np.nan)

@@ -147,7 +147,7 @@ def progress(items: Iterable | None, desc: str | None = None, total: int | None 
     Without items its method `update(n)` moves it. The unit "B" is shown as kB, MB or GB. Stored notebook output
     holds no bars, so a kernel shows one only on request.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm  # in a notebook a widget
 
     wanted = os.environ.get("PATHFM_PROGRESS")
     quiet = not sys.stderr.isatty() if wanted is None else wanted == "0"

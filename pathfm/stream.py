@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from pathfm import balance as balances
-from pathfm import scales
+from pathfm import scales, stores
 from pathfm.errors import InputError
 from pathfm.filters import HsvFilter
 from pathfm.footprints import Listed, Ranged, Tiling, slides_of, spots, tissue_share
 from pathfm.index import SlideIndex
-from pathfm.reading import Job, read
+from pathfm.prefetch import Prefetch
+from pathfm.reading import Begun, Job, begin, finish, read
 from pathfm.sampling import NO_HEAT, Heat, Sampler
 from pathfm.slide import MAX_UPSAMPLE
 
@@ -106,6 +108,7 @@ class TileStream:
         self.slide_weights, self.tile_filter = slide_weights, HsvFilter.of(tile_filter)
         self.position_weights = None if position_weights is None else balances.WeightMaps.of(position_weights)
         self.context_px = int(context_px or tile_px)
+        self._prefetch = Prefetch()
         usable = index.usable
         if usable.empty:
             raise InputError("the index has no usable slide; see index.slides for the reasons")
@@ -133,6 +136,7 @@ class TileStream:
             )
         self.slides = usable[keep].reset_index(drop=True)
         self._ids = self.slides["slide_id"].to_numpy(object)
+        self._far = any(map(stores.is_address, self.slides["path"]))
         weights = self.slide_weights
         if weights is not None and not isinstance(weights, str):
             weights = balances.slide_weights(usable, weights)[keep]
@@ -215,11 +219,13 @@ class TileStream:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Tile]:
-        """The tiles of these numbers: planned together, fetched together, each compressed tile decoded once."""
+        """The tiles of these numbers: planned together, fetched together, each compressed tile decoded once.
+
+        Of slides in a store or on a server, the bytes of the next numbers are asked for meanwhile (`Prefetch`).
+        """
         if self.tile_filter:
             return self._filtered(numbers)[0]
-        names = self._named(numbers)
-        return [Tile(image, *name) for image, name in zip(self._images(names), names, strict=True)]
+        return [Tile(image, *name) for name, image in self._read(numbers, self._named)]
 
     def at_scales(self, i: int, mpps: Sequence[float]) -> list[Tile]:
         """The place of tile i at several mpp: tiles of tile_px pixels about the centre of tile i, in this order.
@@ -239,7 +245,8 @@ class TileStream:
             x, y = (plan.grid * round((at - side / 2) / plan.grid) for at in middle)
             tissue = tissue_share(self._sampler.slides, int(self._sampler([i]).slide[0]), x, y, side)
             names.append(TileName(name.slide_id, x, y, plan.mpp, tissue, plan.resampled, name.i))
-        return [Tile(image, *name) for image, name in zip(self._images(names), names, strict=True)]
+        images = read([self._job(name) for name in names], self.threads)
+        return [Tile(image, *name) for image, name in zip(images, names, strict=True)]
 
     def name(self, i: int) -> TileName:
         """What tile i is, without reading it; with a `tile_filter` its pixels, and those it rejects, are read."""
@@ -260,7 +267,10 @@ class TileStream:
     def _named(self, numbers: Iterable[int]) -> list[TileName]:
         if self.tile_filter:
             return [TileName(*tile[1:]) for tile in self._filtered(numbers)[0]]
-        return _rows(self._columns(numbers))
+        return self._drawn(numbers)
+
+    def _drawn(self, numbers: Iterable[int], redraw: int = 0) -> list[TileName]:
+        return _rows(self._columns(numbers, redraw))
 
     def _columns(self, numbers: Iterable[int], redraw: int = 0) -> dict[str, np.ndarray]:
         numbers = np.fromiter(numbers, np.int64)
@@ -286,8 +296,9 @@ class TileStream:
             left = np.flatnonzero(~passes)
             if not len(left):
                 break
-            names = _rows(self._columns(numbers[left], redraw))
-            for n, name, image in zip(left, names, self._images(names), strict=True):
+            named = partial(self._drawn, redraw=redraw)
+            drawn = self._read(numbers[left], named, foresee=not redraw)
+            for n, (name, image) in zip(left, drawn, strict=True):
                 tiles[n] = Tile(image, *name)
                 redraws[n], passes[n] = redraw, self.tile_filter(self._inner(image))
         return tiles, redraws, passes
@@ -305,9 +316,22 @@ class TileStream:
         margin = self.margin_px
         return image[margin : margin + self.tile_px, margin : margin + self.tile_px]
 
-    def _images(self, names: Sequence[TileName]) -> list[np.ndarray]:
-        """The pixels of named tiles."""
-        return read([self._job(name) for name in names], self.threads)
+    def _read(
+        self, numbers: Sequence[int], named: Callable[[Sequence[int]], list[TileName]], foresee: bool = True
+    ) -> list[tuple[TileName, np.ndarray]]:
+        """Tiles by their numbers; those of slides that lie elsewhere are begun before, where they can be foreseen."""
+
+        def under_way(some: Sequence[int]) -> tuple[tuple[list[TileName], Begun], int]:
+            names = named(some)
+            begun = begin([self._job(name) for name in names], self.threads)
+            return (names, begun), begun.bytes
+
+        if foresee and self._far:
+            stores.same_process()  # what another process has begun does not arrive here
+            names, begun = self._prefetch(numbers, under_way)
+        else:
+            (names, begun), _ = under_way(numbers)
+        return list(zip(names, finish(begun, self.threads), strict=True))
 
     def _window(self, name: TileName, slide_mpp: float) -> tuple[float, float, int]:
         """x, y (level-0 px) and side (px) of what is read for a tile: itself, or its context."""
@@ -326,6 +350,7 @@ class TileStream:
     def __setstate__(self, state: dict) -> None:
         """The sampler travels without masks and maps; here they are mapped anew."""
         self.__dict__.update(state)
+        self._prefetch = Prefetch()  # also of a copy, which may be given other settings
         self._sampler.mapped(self.index.words, self.position_weights and self.position_weights.values)
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from pathfm import answers
+from pathfm import answers, ranks
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
 from pathfm.config import PretrainConfig
@@ -209,7 +209,8 @@ def _once(settings: PretrainConfig, source, watch=None, folder: str | Path = "")
     """`pretrain`; of two notebooks that want the same cached run, one trains and the other waits for it."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache_dir() / "pretrain.lock")
-    with lock if not folder or Path(folder).parent == cache_dir() else contextlib.nullcontext():
+    shared = not folder or Path(folder).parent == cache_dir()
+    with lock if shared and not ranks.rank() else contextlib.nullcontext():  # rank 0 waits for all of a run's ranks
         return pretrain(settings, source, watch, folder or None)
 
 

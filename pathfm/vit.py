@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models._helpers import load_state_dict
 from timm.models._manipulate import checkpoint_seq
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from pathfm import weights
 from pathfm.errors import InputError, nearest
-from pathfm.storage import read_json
-
-WEIGHTS = "model.safetensors"
-SEEN = {"lvd142m": "LVD-142M", "in21k": "ImageNet", "in1k": "ImageNet", "dino": "ImageNet"}  # by what is in timm's tags
+from pathfm.ranks import BatchNorm
 
 
 def make_backbone(
@@ -37,7 +33,8 @@ def make_backbone(
     The model maps images (B, 3, H, W) in [-1, 1], H and W multiples of its patch, to CLS features (B, D).
 
     init      "imagenet": timm's weights, fetched or cached; "random": drawn from torch's generator; else a folder
-              (ours or timm's: config.json and model.safetensors) or a file of weights, adapted to patch and size
+              (ours or timm's: config.json and model.safetensors) or a file of weights; adapted to patch, size and
+              the inputs' mean and std (`weights.fit_weights`)
     img_size  pixels a side that the position embedding is made for; other sizes are interpolated
     depth, width, heads, registers, layer_scale  0 = the model's own
 
@@ -48,15 +45,9 @@ def make_backbone(
     model = _create(name, img_size, drop_path, own)
     if str(init) == "random":
         return model, "random weights"
-    if str(init) == "imagenet":
-        state = _imagenet(name, model, own)
-        tag = model.pretrained_cfg.get("tag") or "default"
-        said = f"{_seen(tag)} weights of timm ({model.pretrained_cfg['architecture']}.{tag})"
-    else:
-        state = read_weights(init)
-        said = f"weights of {'/'.join(Path(init).parts[-2:])}"
-    fit_weights(model, state, said)
-    return model, said
+    start = weights.of_timm(name, model, own) if str(init) == "imagenet" else weights.of_path(init)
+    weights.fit_weights(model, start)
+    return model, start.said
 
 
 def _create(name: str, img_size: int, drop_path: float, own: dict) -> VisionTransformer:
@@ -78,87 +69,12 @@ def _create(name: str, img_size: int, drop_path: float, own: dict) -> VisionTran
     return model
 
 
-def _seen(tag: str) -> str:
-    """What images weights were trained on, by timm's tag for them: those of a DINOv2 ViT are not of ImageNet."""
-    return next((name for mark, name in SEEN.items() if mark in tag), "pretrained")
-
-
 def check_size(model: VisionTransformer, px: int, what: str = "image size") -> None:
     """Raises InputError where `px` pixels are no multiple of the model's patch."""
     patch = model.patch_embed.patch_size[0]
     if px % patch:
         below, above = px // patch * patch, (px // patch + 1) * patch
         raise InputError(f"{what} {px} px is no multiple of the patch of {patch} px; take {below or above} or {above}")
-
-
-def _imagenet(name: str, model: VisionTransformer, own: dict) -> dict[str, Tensor]:
-    """timm's weights for `name` at their own size. Raises InputError where they cannot be had."""
-    if own:
-        raise InputError(f"ImageNet weights fit {name} as it is, not with {own}; take init='random'")
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # timm and its hub client raise whatever the network or the cache made them
-        raise InputError(
-            f"ImageNet weights of {name} cannot be fetched ({type(error).__name__}); set init to a local folder "
-            "(config.json and model.safetensors, ours or timm's) or file of weights, or take init='random'"
-        ) from error
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a folder's model.safetensors or in a file, by name; nothing is unpickled.
-
-    Raises InputError where there is none, or where it is damaged.
-    """
-    path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        raise InputError(f"{path} holds no {WEIGHTS}; init takes a folder as pathfm or timm exports it")
-    if not file.is_file():
-        raise InputError(f"init='{path}' is neither 'imagenet' nor 'random' nor a folder or file that exists")
-    try:
-        return load_state_dict(str(file), use_ema=False, weights_only=True)
-    except Exception as error:  # safetensors, zipfile and torch each have their own
-        raise InputError(
-            f"{file} holds no weights that can be read ({type(error).__name__}); fetch or export them again"
-        ) from error
-
-
-def fit_weights(model: VisionTransformer, state: dict[str, Tensor], said: str) -> None:
-    """Loads `state` into `model`, patch and position embeddings interpolated, classifiers left out.
-
-    Raises InputError that names the first parameter that is missing, foreign or of another shape.
-    """
-    logging.getLogger("timm").setLevel(logging.ERROR)
-    state = {
-        key: value
-        for key, value in checkpoint_filter_fn(state, model).items()
-        if not key.startswith(("head.", "head_dist.", "fc."))
-    }
-    wanted = model.state_dict()
-    for key, value in wanted.items():
-        if key not in state:
-            raise InputError(f"{said}: parameter {key} is missing; the model is another one")
-        if state[key].shape != value.shape:
-            raise InputError(
-                f"{said}: parameter {key} is {tuple(state[key].shape)}, the model has "
-                f"{tuple(value.shape)}; choose model, depth, width and heads as the weights have them"
-            )
-    for key in state:
-        if key not in wanted:
-            raise InputError(f"{said}: parameter {key} is not in the model; the model is another one")
-    model.load_state_dict(state)
-
-
-def from_folder(folder: str | Path) -> tuple[VisionTransformer, dict]:
-    """The backbone in a folder of config.json and model.safetensors, and its config. Ours or timm's."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if "architecture" not in config:
-        raise InputError(f"{folder / 'config.json'} names no architecture; it is no folder of timm's format")
-    arguments = {**config.get("model_args", {}), "num_classes": 0}
-    model = timm.create_model(config["architecture"], **arguments)
-    fit_weights(model, read_weights(folder), str(folder))
-    return model.eval(), config
 
 
 def set_attention(model: nn.Module, fused: bool) -> None:
@@ -195,7 +111,7 @@ class DinoHead(nn.Module):
         super().__init__()
 
         def layer(inputs: int) -> list[nn.Module]:
-            return [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.GELU()]
+            return [nn.Linear(inputs, hidden), *([BatchNorm(hidden)] if batch_norm else []), nn.GELU()]
 
         self.mlp = nn.Sequential(*layer(features), *layer(hidden), nn.Linear(hidden, bottleneck))
         for module in self.mlp:

@@ -1,11 +1,14 @@
-"""A tile stream without slides: four kinds of stripes, a pure function of i, for tests of training."""
+"""Tiles without slides: four kinds of stripes, a stream that is a pure function of i, and a labelled set of them."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from PIL import Image
 
 COLOURS = np.array([[0.8, 0.3, 0.6], [0.6, 0.2, 0.5], [0.9, 0.6, 0.8], [0.4, 0.3, 0.6]])
 PERIODS_PX = (4, 8, 16, 32)
@@ -42,3 +45,18 @@ class StructuredTiles:
         image = (0.6 + 0.3 * wave)[..., None] * COLOURS[kind] + generator.normal(0, 0.03, (*wave.shape, 3))
         image = (np.clip(image, 0, 1) * 255).astype(np.uint8)
         return Tile(image, f"slide{kind}", int(i), 0, float(generator.choice([1.0, 2.0])), int(i))
+
+
+class LabelledTiles:
+    """Enough of a TileSet: images of structured tiles with labels, roles, patients, two centres and their mpp."""
+
+    def __init__(
+        self, folder: Path, roles: tuple[str, ...] = ("probe-train", "validate", "test"), n: int = 60, tile_px: int = 36
+    ):
+        rows = []
+        for i in range(n):
+            tile = StructuredTiles(tile_px, seed=2)[i]
+            Image.fromarray(tile.image).save(folder / f"{i}.png")
+            about = {"role": roles[i % len(roles)], "patient_id": f"p{i % 12}", "centre": f"c{i % 12 % 2}"}
+            rows.append({"path": str(folder / f"{i}.png"), "label": tile.slide_id, "mpp": tile.mpp, **about})
+        self.table = pd.DataFrame(rows)

@@ -201,13 +201,13 @@ def test_teacher_and_centres_are_moving_averages():
     with torch.no_grad():
         for p in model.student.parameters():
             p.add_(0.1)
-    model.follow(outcome, 0.75)
+    model.follow([outcome], 0.75)
     for name, value in model.teacher.state_dict().items():
         want = 0.75 * before[name] + 0.25 * model.student.state_dict()[name]
         assert torch.allclose(value, want, atol=1e-12) or not model.student.get_parameter(name).requires_grad
-    for name, logits in outcome.heard.items():
-        mean = logits.flatten(0, -2).sum(0) / logits[..., 0].numel()
-        assert torch.allclose(getattr(model, name), 0.1 * mean, rtol=1e-6)
+    assert outcome.heard["centre"].rows == 8 and outcome.heard["patch_centre"].rows > 0
+    for name, (total, rows) in outcome.heard.items():
+        assert torch.allclose(getattr(model, name), 0.1 * total / rows, rtol=1e-6)
 
 
 # A run

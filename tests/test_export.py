@@ -1,14 +1,25 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from file_server import FileServer
+from structured_tiles import StructuredTiles
+from test_dinov2 import tiny as tiny_dinov2
+from test_pretrain import tiny as tiny_dino
 
 import pathfm
+from pathfm.__main__ import main
 from pathfm.errors import InputError
-from pathfm.export import Preprocess, export, load
-from pathfm.vit import make_backbone
+from pathfm.export import Preprocess, export, export_run, load
+from pathfm.pretrain import pretrain
+from pathfm.vit import make_backbone, patch_tokens
+from pathfm.weights import read_weights
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CARD = {"Recipe": {"steps": 3}, "Start": "random weights"}
 
@@ -66,6 +77,92 @@ def test_the_card_tells_what_was_given(model, tmp_path):
     card = (export(model, tmp_path, CARD) / "README.md").read_text()
     assert "## Start\n\nrandom weights" in card and '"steps": 3' in card and "local-dir" in card
     assert json.loads((tmp_path / "config.json").read_text())["pathfm"] == CARD
+
+
+# A run leaves
+
+
+@pytest.fixture(scope="module", params=["dino", "dinov2"])
+def run(request, tmp_path_factory):
+    config = {"dino": tiny_dino, "dinov2": tiny_dinov2}[request.param](watch_every=8, prototypes=16)
+    stream, watched = (StructuredTiles(config.tile_px, seed=seed) for seed in (0, 1))
+    return pretrain(config, stream, watched, tmp_path_factory.mktemp(request.param))
+
+
+@torch.no_grad()
+def test_teacher_and_student_leave_as_they_are_in_the_checkpoint(run, tmp_path):
+    saved = read_weights(sorted(run.folder.glob("checkpoint*.safetensors"))[-1])
+    for which in ("teacher", "student"):
+        folder = export_run(run.folder, tmp_path / which, which, "CC-BY-4.0")
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert all(torch.equal(v, saved[f"{which}.backbone.{name}"]) for name, v in theirs.state_dict().items())
+        card = (folder / "README.md").read_text()
+        assert f"The {which}'s backbone after 8 steps" in card and "## Licence\n\nCC-BY-4.0" in card
+    first, second = ((tmp_path / which / "model.safetensors").read_bytes() for which in ("teacher", "student"))
+    assert first == (run.teacher / "model.safetensors").read_bytes() != second
+
+
+def test_the_command_line_exports_and_wrong_requests_are_named(run, tmp_path, capsys):
+    assert main(["export", str(run.folder), str(tmp_path / "out"), "--which", "student"]) == 0
+    assert load(capsys.readouterr().out.strip())[0].num_features == 32
+    with pytest.raises(InputError, match="which='studnt' is unknown.*'student'"):
+        export_run(run.folder, tmp_path / "out", "studnt")
+    shutil.copytree(run.teacher, tmp_path / "run" / "teacher")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+@torch.no_grad()
+def test_cls_and_tokens_are_both_reachable_from_a_folder(run, tiles):
+    network, preprocess = load(run.teacher)
+    x = preprocess(tiles)
+    everything = network.forward_features(x)
+    assert torch.equal(network(x), everything[:, 0])
+    side = x.shape[-1] // network.patch_embed.patch_size[0]
+    assert torch.equal(patch_tokens(network, x).flatten(1, 2), everything[:, -(side**2) :])
+    assert everything.shape[1] == side**2 + network.num_prefix_tokens
+
+
+# Through torch.hub, from a folder and from a web server
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = FileServer()
+    yield server
+    server.close()
+
+
+def serve(server: FileServer, folder: Path) -> str:
+    for name in ("config.json", "model.safetensors"):
+        server.files[f"/teacher/{name}"] = (folder / name).read_bytes()
+    return f"{server.url}/teacher"
+
+
+@torch.no_grad()
+def test_torch_hub_loads_a_folder_and_an_address(run, server, tiles):
+    want, prepare = load(run.teacher)
+    address = serve(server, run.teacher)
+    for where in (str(run.teacher), address):
+        network, preprocess = torch.hub.load(str(ROOT), "load", where, source="local")
+        assert preprocess == prepare and torch.equal(network(preprocess(tiles)), want(prepare(tiles)))
+        assert torch.equal(
+            torch.hub.load(str(ROOT), "backbone", where, source="local")(prepare(tiles)), want(prepare(tiles))
+        )
+    asked = len(server.requests)
+    load(address)
+    assert len(server.requests) == asked  # it is kept
+
+
+def test_an_address_without_a_backbone_or_with_other_weights_says_so(run, server):
+    with pytest.raises(InputError, match=r"config\.json.*404"):
+        load(f"{server.url}/nothing")
+    address = serve(server, run.teacher)
+    server.files["/teacher/model.safetensors"] = bytes(server.files["/teacher/model.safetensors"][:-1]) + b"x"
+    with pytest.raises(InputError, match=r"model\.safetensors.*sha256"):
+        load(address)
 
 
 def test_folders_that_are_no_backbone_say_so(model, tmp_path):

@@ -1,7 +1,12 @@
 """Frozen features are those of the model, are computed once, and stand on floors."""
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +14,10 @@ import timm
 import torch
 from PIL import Image
 
-from pathfm import descriptors, export, probe
+from pathfm import descriptors, export, extractors, probe
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
-from pathfm.features import Features, extract, fingerprint, random_twin
+from pathfm.features import Features, extract, fingerprint, pools, random_twin
 
 PX = 32
 
@@ -157,20 +162,124 @@ def test_a_damaged_cache_is_made_again(spoil, tiles, cache):
     assert np.array_equal(extract(model, tiles).x, x)
 
 
-def test_a_killed_extraction_leaves_nothing(tiles, cache, monkeypatch):
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_features import tiny_vit
+from pathfm.benchmarks import TileSet
+from pathfm.features import extract
+model = tiny_vit()
+forward, calls = model.forward_features, []
+def dies(x):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(x)
+model.forward_features = dies
+extract(model, TileSet.from_folder({folder!r}, mpp=0.5), batch_size=5)
+"""
+
+
+def test_a_killed_extraction_goes_on_and_gives_the_same_numbers(tiles, folder, cache, tmp_path, monkeypatch):
+    """24 tiles in batches of 5: three are kept, two are left to do."""
+    whole = extract(tiny_vit(), tiles, batch_size=5, folder=tmp_path / "whole").x
+    tests, root = Path(__file__).parent, Path(__file__).parents[1]
+    script = KILLED.format(tests=str(tests), folder=str(folder))
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert subprocess.run([sys.executable, "-c", script], env=env).returncode == -signal.SIGKILL
+    assert not list(cache.glob("*.npy")) and len(list(cache.glob(".*.partial"))) == 1
     model = tiny_vit()
-    forward, calls = model.forward_features, []
+    counted = Counted(monkeypatch, model)
+    assert np.array_equal(extract(model, tiles, batch_size=5).x, whole)
+    assert counted.batches == 2
+    assert not list(cache.glob(".*.partial"))
 
-    def dies(x):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(x)
 
-    monkeypatch.setattr(model, "forward_features", dies)
-    with pytest.raises(KeyboardInterrupt):
-        extract(model, tiles, batch_size=4)
-    assert [p.suffix for p in cache.iterdir() if p.suffix != ".lock"] == []
+@pytest.mark.parametrize("left", [b"", b"\x93NUMPY", "another size", "half a batch"])
+def test_what_is_no_start_is_begun_anew(left, tiles, cache, tmp_path):
+    whole = extract(tiny_vit(), tiles, folder=tmp_path / "whole")
+    cache.mkdir(parents=True)
+    partial = cache / f".{whole.provenance['key']}.partial"
+    if isinstance(left, bytes):
+        partial.write_bytes(left)
+    else:
+        content = (tmp_path / "whole" / f"{whole.provenance['key']}.npy").read_bytes()
+        partial.write_bytes(content.replace(b"(24, 24)", b"(25, 24)") if left == "another size" else content[:-2000])
+    assert np.array_equal(extract(tiny_vit(), tiles).x, whole.x)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "both"])
+def test_several_layers_stand_side_by_side(tiles, pool):
+    model, seen = tiny_vit(depth=3), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, tokens: seen.append(tokens))
+    model.forward_features(export.Preprocess(PX)(np.stack([tiles.image(row) for row in range(len(tiles))])))
+    last = [model.norm(tokens).detach().numpy() for tokens in seen[1:]]
+    cls, mean = [level[:, 0] for level in last], [level[:, 1:].mean(axis=1) for level in last]
+    wanted = np.concatenate({"cls": cls, "mean": mean, "both": cls + mean}[pool], axis=1)
+    found = extract(model, tiles, pool=pool, layers=2)
+    assert np.allclose(found.x, wanted, atol=1e-4)
+    if pool == "both":
+        parts = pools(found)
+        assert [part.x.shape[1] for part in parts] == [48, 48, 96]
+        assert np.allclose(parts[1].x, np.concatenate(mean, axis=1), atol=1e-4)
+    assert extract(model, tiles, pool=pool, layers=1).x.shape[1] == found.x.shape[1] // 2  # another key
+
+
+def test_precision_is_kept_apart_and_told(tiles):
+    single, half = (extract(tiny_vit(), tiles, precision=precision) for precision in ("float32", "bfloat16"))
+    assert half.x.dtype == np.float32
+    assert 0 < np.abs(single.x - half.x).max() < 0.1
+    assert [one.provenance["precision"] for one in (single, half)] == ["float32", "bfloat16"]
+    auto = extract(tiny_vit(), tiles, precision="auto")  # too few tiles for a comparison to pay
+    assert np.array_equal(auto.x, single.x) and auto.provenance["precision"] == "float32"
+
+
+def test_bfloat16_is_taken_where_neighbours_and_scores_stay(tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(extractors, "SAMPLE", 24)
+    monkeypatch.setattr(extractors, "WORTH_A_SAMPLE", 24)
+    auto = extract(tiny_vit(), tiles, precision="auto")
+    half = extract(tiny_vit(), tiles, precision="bfloat16")
+    single = extract(tiny_vit(), tiles)
+    measured = extractors.agreement(single.x, half.x, tiles.y)
+    assert auto.provenance["bfloat16"]["neighbours"] == pytest.approx(measured.neighbours)
+    wanted = half if measured.same else single
+    assert np.array_equal(auto.x, wanted.x) and auto.provenance["precision"] == wanted.provenance["precision"]
+    for least, precision in ((0.0, "bfloat16"), (1.01, "float32")):
+        monkeypatch.setattr(extractors, "SAME_NEIGHBOURS", least)
+        monkeypatch.setattr(extractors, "SAME_SCORE", 1.0)
+        again = extract(tiny_vit(), tiles, precision="auto", folder=tmp_path / precision)
+        assert again.provenance["precision"] == precision
+
+
+def test_agreement_counts_neighbours_and_points():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 8)), np.arange(60) % 2
+    assert extractors.agreement(x, x, y) == (1.0, 0.0)
+    ids = [np.argsort(-np.where(np.eye(60), -9, c))[:, :5] for c in (_cosines(x), _cosines(x[:, :4]))]
+    shared = np.mean([len(set(p) & set(q)) / 5 for p, q in zip(*ids, strict=True)])
+    assert extractors.agreement(x, x[:, :4], k=5).neighbours == pytest.approx(shared)
+    assert np.isnan(extractors.agreement(x, x).score)
+    assert not extractors.Agreement(0.98, 0.0).same and not extractors.Agreement(1.0, -0.003).same
+    assert extractors.Agreement(0.99, np.nan).same
+
+
+def _cosines(x):
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return x @ x.T
+
+
+@pytest.mark.real
+def test_bfloat16_keeps_neighbours_and_probes_of_real_tissue(real_data):
+    """What "auto" asks for, and of a linear probe too, with a ViT-S of random weights on 160 tiles of oral mucosa."""
+    tiles = TileSet.from_folder(real_data / "tiles" / "oral_oscc", mpp=1.0)
+    tiles = tiles.subset(np.linspace(0, len(tiles) - 1, 160).astype(int)).split("tile")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=64, depth=6).eval()
+    single, half = (extract(model, tiles, precision=precision) for precision in ("float32", "bfloat16"))
+    assert extractors.agreement(single.x, half.x, tiles.y).same
+    scores = [probe.linear(one).balanced_accuracy for one in (single, half)]
+    assert abs(scores[0] - scores[1]) <= 0.002
 
 
 def test_a_full_disk_is_an_error_that_says_so(tiles, cache, monkeypatch):
@@ -201,6 +310,10 @@ def test_wrong_calls_say_what_would_be_right(tiles):
         extract(tiny_vit(class_token=False, global_pool="avg"), tiles)
     with pytest.raises(InputError, match="refuses an input"):
         extract(tiny_vit(), tiles, preprocess=export.Preprocess(64))
+    with pytest.raises(InputError, match="has 2 blocks, not the 3 layers asked for; take 1 to 2"):
+        extract(tiny_vit(), tiles, layers=3)
+    with pytest.raises(InputError, match="unknown precision 'bfloat'. Did you mean 'bfloat16'"):
+        extract(tiny_vit(), tiles, precision="bfloat")
     with pytest.raises(InputError, match="give preprocess"):
         extract(torch.nn.Linear(2, 2), tiles)
     other = TileSet("other", tiles.table.iloc[::-1].reset_index(drop=True))

@@ -177,7 +177,20 @@ def test_a_gdc_manifest_on_the_command_line(server, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == [*(str(folder / ids[k] / NAMES[k]) for k in (0, 1)), str(folder / "cohort.csv")]
     assert (folder / ids[0] / NAMES[0]).read_bytes() == CONTENT
-    assert list(Cohort.read(folder / "cohort.csv").table["section"]) == ["FFPE", "frozen"]
+    cohort = Cohort.read(folder / "cohort.csv").table
+    assert list(cohort["section"]) == ["FFPE", "frozen"] and list(cohort["centre"]) == ["A7", "44"]
+    codes = tmp_path / "codes.csv"
+    codes.write_text("code,project,centre\nA7,TCGA-BRCA,Christiana\n44,TCGA-LUAD,Christiana\n")
+    again = ["fetch", str(tmp_path / "m.txt"), "--folder", str(folder), "--gdc-url", server.url]
+    assert main([*again, "--sites", str(codes)]) == 0
+    assert list(Cohort.read(folder / "cohort.csv").table["centre"]) == ["Christiana"] * 2
+    codes.write_text("code,centre\nA7,Christiana\n")
+    asked = len(server.requests)
+    assert main([*again, "--sites", str(codes)]) == 2
+    assert main(["fetch", f"{server.url}/a.svs", "--folder", str(folder), "--sites", str(codes)]) == 2
+    error = capsys.readouterr().err
+    assert "codes.csv has no column project" in error and "give it alone, or leave sites out" in error
+    assert len(server.requests) == asked
 
 
 def test_controlled_access_asks_for_a_token_and_no_other_host_sees_it(server, tmp_path, capsys):

@@ -16,8 +16,9 @@ import pytest
 from processes import heeding_ctrl_c
 from slide_files import cohort_of, tissue_pixels, write_slide
 
-from pathfm import InputError, SlideIndex, jobs, scan
+from pathfm import Cohort, InputError, SlideIndex, jobs, scan
 from pathfm import index as index_module
+from pathfm.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +99,16 @@ def test_an_index_is_whole_and_equal_though_a_worker_is_killed_in_the_middle(sli
     assert list(together.quarantined["slide_id"]) == ["none"]
 
 
+def test_the_command_line_indexes_on_a_cluster(slides, cluster, tmp_path, capsys):
+    cluster.start_worker()
+    csv, folder = cohort_of(slides).write(tmp_path / "cohort.csv"), tmp_path / "index"
+    assert main(["index", str(csv), "--folder", str(folder), "--scheduler", cluster.address]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+    assert same(SlideIndex.open(folder), SlideIndex.build(Cohort.read(csv), tmp_path / "alone", workers=0))
+    assert main(["index", str(csv), "--scheduler", cluster.address, "--workers", "2"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 def crash_or_double(k: int) -> int:
     if k == 3:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -108,6 +119,33 @@ def crash_or_double(k: int) -> int:
 def test_only_the_job_that_crashes_its_process_counts_as_crashed(workers, by_value):
     found = dict(jobs.run(crash_or_double, {str(k): (k,) for k in range(8)}, lambda k: f"{k} crashed", workers))
     assert found == {str(k): 2 * k for k in range(8) if k != 3} | {"3": "3 crashed"}
+
+
+def wait_or_tell(k: int, file: str) -> int:
+    """The first job lasts until the last one has been done."""
+    if k == 0:
+        while not Path(file).exists():
+            time.sleep(0.01)
+    if k == 4:
+        Path(file).touch()
+    return 2 * k
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_results_come_as_they_finish_or_in_the_order_of_the_jobs(in_order, by_value, tmp_path):
+    todo = {f"job {k}": (k, str(tmp_path / "told")) for k in range(5)}
+    found = list(jobs.run(wait_or_tell, todo, str, workers=2, in_order=in_order))
+    assert sorted(found) == [(f"job {k}", 2 * k) for k in range(5)]
+    assert (found[0][0] == "job 0") == in_order
+    assert found == sorted(found) or not in_order
+    alone = jobs.run(crash_or_double, {"a": (1,), "b": (2,)}, str, in_order=True)
+    assert list(alone) == [("a", 2), ("b", 4)]
+
+
+def test_a_crashed_job_keeps_its_place_in_the_order(by_value):
+    todo = {str(k): (k,) for k in range(5)}
+    found = list(jobs.run(crash_or_double, todo, lambda k: f"{k} crashed", workers=2, in_order=True))
+    assert found == [("0", 0), ("1", 2), ("2", 4), ("3", "3 crashed"), ("4", 8)]
 
 
 def fail(k: int) -> int:

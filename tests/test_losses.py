@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pathfm.losses import dino_loss, entropy, koleo, moved_centre, sharpened
+from pathfm.losses import Heard, dino_loss, entropy, koleo, moved_centre, sharpened
 
 
 def logits(*shape, seed=0, scale=1.0):
@@ -67,18 +67,25 @@ def test_centre_is_a_moving_average_of_the_batch_mean():
     centre, batches = torch.zeros(6, dtype=torch.float64), logits(5, 2, 3, 6)
     want = [0.0] * 6
     for batch in batches:
-        centre = moved_centre(centre, batch, 0.9)
+        centre = moved_centre(centre, [Heard.of(batch)], 0.9)
         for k in range(6):
             mean = sum(float(batch[g, b, k]) for g in range(2) for b in range(3)) / 6
             want[k] = 0.9 * want[k] + 0.1 * mean
     assert centre.tolist() == pytest.approx(want, rel=1e-9)
 
 
+def test_a_batch_in_parts_moves_the_centre_as_one():
+    batch = logits(7, 6)
+    parts = [Heard.of(batch[:2]), Heard.of(batch[:0]), Heard.of(batch[2:])]
+    whole = moved_centre(torch.ones(6).double(), [Heard.of(batch)], 0.9)
+    assert torch.allclose(moved_centre(torch.ones(6).double(), parts, 0.9), whole, rtol=1e-12)
+
+
 def test_centring_and_sharpening_pull_apart_two_collapses():
     """Section 5.3: the centre takes away what all tiles share, a low temperature what is flat."""
     shared = logits(2, 8, 16, scale=0.01) + 5 * torch.eye(16)[3]
     assert entropy(sharpened(shared, torch.zeros(16), 0.04)).max() < 0.1
-    centred = sharpened(shared, moved_centre(torch.zeros(16).double(), shared, 0.0), 0.04)
+    centred = sharpened(shared, moved_centre(torch.zeros(16).double(), [Heard.of(shared)], 0.0), 0.04)
     assert entropy(centred).min() > 2
     assert entropy(sharpened(shared, shared.mean((0, 1)), 0.001)).mean() < entropy(centred).mean()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from pathfm.losses import dino_loss, ibot_loss, kde, koleo, moved_centre, sinkhorn
+from pathfm.losses import Heard, dino_loss, ibot_loss, kde, koleo, moved_centre, sinkhorn
 
 
 def drawn(*shape, seed=0, scale=1.0):
@@ -137,4 +137,4 @@ def test_koleo_and_dino_have_the_gradients_of_their_values():
 
 def test_a_centre_stays_where_no_patch_was_hidden():
     centre = drawn(6)
-    assert torch.equal(moved_centre(centre, drawn(0, 6), 0.9), centre)
+    assert torch.equal(moved_centre(centre, [Heard.of(drawn(0, 6))], 0.9), centre)

@@ -318,5 +318,11 @@ def test_the_command_line_writes_a_stream_and_a_grid(cohort, tmp_path, capsys, m
     assert Run(tmp_path / "run").params["stream"]["stream"] == "OfflineTiles"
     assert main(given) == 2  # the run was begun on tiles from disk, and does not go on with others
     assert "another tile stream" in capsys.readouterr().err
+    assert main([*given[:2], str(tmp_path / "on a grid"), *given[3:], "--tiles", str(tmp_path / "d")]) == 2
+    assert "d has no manifest.csv" in capsys.readouterr().err
+    assert main(["tiles", table, str(tmp_path / "d"), "--stride-px=36", "--tile-px=36", "--mpp=2"]) == 0
+    assert main([*given[:2], str(tmp_path / "on a grid"), *given[3:], "--tiles", str(tmp_path / "d")]) == 0
+    told = Run(tmp_path / "on a grid").params["stream"]["options"]
+    assert (told["order"], told["stride_px"], told["mpp"]) == ("shuffled", 36, "2")
     assert main(["tiles", table, str(tmp_path / "c"), "--stride-px=64", "--tile-filter=midnight"]) == 2
     assert "tile_filter draws tiles and a grid has them all" in capsys.readouterr().err

@@ -1,34 +1,25 @@
-import contextlib
-import dataclasses
-import errno
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import ClassVar
 
-import filelock
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import timm
 import torch
 from PIL import Image
 from structured_tiles import StructuredTiles
 
-from pathfm import checkpoint, storage
+from pathfm import checkpoint
 from pathfm.augment import MultiCrop
 from pathfm.config import PretrainConfig
 from pathfm.dino import Dino, clip_gradients
 from pathfm.errors import InputError
 from pathfm.export import load
-from pathfm.logbook import Logbook
-from pathfm.pretrain import CHECKPOINT, Run, Training, key, pretrain
+from pathfm.feed import batches
+from pathfm.pretrain import Run, pretrain
 from pathfm.schedules import cosine, schedule
+from pathfm.training import Training, key
 from pathfm.watches import Watch
 
 TINY = {
@@ -107,8 +98,8 @@ def test_schedule_of_a_run():
 
 
 def one_step(training: Training, step: int) -> dict[str, float]:
-    batch = next(iter(training._batches(StructuredTiles())))
-    return training._one(step, batch, MultiCrop(training.config))
+    batch = next(iter(batches(StructuredTiles(), training.config, 0)))
+    return training._one(step, batch, MultiCrop(training.config))[0]
 
 
 def test_teacher_is_the_moving_average_of_the_student_and_starts_equal(tmp_path):
@@ -189,8 +180,8 @@ def test_a_run_tells_its_story(whole):
 
 
 def test_the_exported_teacher_is_the_checkpoints(whole):
-    tensors, state = checkpoint.load(whole.folder / CHECKPOINT)
-    assert state["step"] == 8
+    path, tensors, state = checkpoint.newest(whole.folder)
+    assert state["step"] == 8 and path.name == "checkpoint-000000008.safetensors"
     for name, value in whole.backbone.state_dict().items():
         assert torch.equal(value, tensors[f"teacher.backbone.{name}"])
     x = torch.rand(2, 3, 32, 32)
@@ -200,9 +191,9 @@ def test_the_exported_teacher_is_the_checkpoints(whole):
 
 
 def test_a_finished_run_is_returned_as_it_is(whole):
-    before = (whole.folder / CHECKPOINT).stat().st_mtime_ns
+    before = [path.stat().st_mtime_ns for path in checkpoint.found(whole.folder)]
     again = pretrain(tiny(), StructuredTiles(), folder=whole.folder)
-    assert (whole.folder / CHECKPOINT).stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in checkpoint.found(whole.folder)] == before
     pd.testing.assert_frame_equal(again.log, whole.log)
 
 
@@ -235,66 +226,7 @@ def test_structured_tiles_bring_the_loss_below_that_of_no_opinion(tmp_path):
     assert log["prototype_entropy"].tail(10).mean() > 0.5  # more than one prototype is in use
 
 
-# Going on
-
-
-@pytest.mark.parametrize("step", range(8))
-def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(step, whole, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(tiny(), StructuredTiles(breaks_at=4 * step + 1 + (step == 0) * 7), StructuredTiles(seed=1), tmp_path)
-    run = pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
-    assert numbers(run.folder) == numbers(whole.folder)
-    if step >= 3:
-        assert [s["from_step"] for s in run.params["sessions"]] == [0, step // 3 * 3]
-
-
-@pytest.mark.parametrize("rows, workers", [(2, 0), (9, 2)])
-def test_a_run_killed_from_outside_goes_on_to_the_same_bits(rows, workers, tmp_path):
-    config = tiny(steps=14)
-    script = (
-        "import sys; from structured_tiles import StructuredTiles as S; from pathfm.pretrain import *\n"
-        f"pretrain(PretrainConfig.of(**{dataclasses.asdict(config)!r}), S(seconds=0.02), S(seed=1), sys.argv[1])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "killed")], cwd=Path(__file__).parent)
-    log = tmp_path / "killed" / "log.csv"
-    while not log.exists() or log.read_text().count("\n") < rows + 1:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "teacher").exists()
-    pretrain(config.replace(workers=workers), StructuredTiles(), StructuredTiles(seed=1), tmp_path / "killed")
-    pretrain(config, StructuredTiles(), StructuredTiles(seed=1), tmp_path / "whole")
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
-
-
-def test_workers_change_no_number(whole, tmp_path):
-    run = pretrain(tiny(workers=2), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
-    assert numbers(run.folder) == numbers(whole.folder)
-
-
-@pytest.mark.parametrize("field, value", [("base_lr", 0.01), ("steps", 9), ("mpp", (0.5,)), ("seed", 4)])
-def test_a_checkpoint_of_another_config_names_the_field(field, value, whole):
-    with pytest.raises(InputError, match=rf"made with {field}=.*new folder"):
-        pretrain(tiny(**{field: value}), StructuredTiles(), folder=whole.folder)
-
-
-def test_a_checkpoint_of_another_stream_is_refused(whole):
-    class Shifted(StructuredTiles):
-        def __getitem__(self, i):
-            return super().__getitem__(i + 1)
-
-    with pytest.raises(InputError, match="another tile stream"):
-        pretrain(tiny(), Shifted(), folder=whole.folder)
-
-
-def test_a_checkpoint_of_another_precision_is_refused_while_steps_are_left(whole, tmp_path):
-    tensors, state = checkpoint.load(whole.folder / CHECKPOINT)
-    checkpoint.save(tmp_path / CHECKPOINT, tensors, {**state, "step": 5, "precision": "bfloat16"})
-    with pytest.raises(InputError, match="made with precision='bfloat16', here it is 'float32'"):
-        pretrain(tiny(), StructuredTiles(), folder=tmp_path)
-    checkpoint.save(tmp_path / CHECKPOINT, tensors, {**state, "device": "cuda"})  # finished elsewhere
-    assert pretrain(tiny(), StructuredTiles(), folder=tmp_path).teacher.exists()
+# Streams
 
 
 class Slides(StructuredTiles):
@@ -337,77 +269,6 @@ def test_tiles_without_a_scale_leave_the_log_without_one(tmp_path):
     assert len(log) == 8 and log["mpp_global"].isna().all() and log["loss"].notna().all()
 
 
-def damaged(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "truncated":
-        content = content[: len(content) // 2]
-    elif how == "one bit":
-        content[-1000] ^= 1
-    elif how == "empty":
-        content = b""
-    elif how == "foreign":
-        content = safetensors.torch.save({"w": torch.zeros(2)})
-    elif how == "pickle":
-        torch.save({"step": 3}, path)
-        return
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["truncated", "one bit", "empty", "foreign", "pickle"])
-def test_a_damaged_checkpoint_is_named_and_never_unpickled(how, whole, tmp_path, monkeypatch):
-    (tmp_path / CHECKPOINT).write_bytes((whole.folder / CHECKPOINT).read_bytes())
-    damaged(tmp_path / CHECKPOINT, how)
-    monkeypatch.setattr("pickle.Unpickler", None)
-    with pytest.raises(InputError, match=r"checkpoint\.safetensors.*(damaged|not a checkpoint).*start over"):
-        pretrain(tiny(), StructuredTiles(), folder=tmp_path)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch, whole):
-    opened = []
-
-    @contextlib.contextmanager
-    def filling(path):
-        with storage.atomic(path) as file:
-            opened.append(path)
-            if len(opened) == 2:
-                file.write(b"half of it")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            yield file
-
-    monkeypatch.setattr(checkpoint, "atomic", filling)
-    with pytest.raises(InputError, match=r"no space left while writing .*checkpoint"):
-        pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
-    assert checkpoint.load(tmp_path / CHECKPOINT)[1]["step"] == 3
-    assert not list(tmp_path.glob(".*partial*"))
-    monkeypatch.undo()
-    pretrain(tiny(), StructuredTiles(), StructuredTiles(seed=1), tmp_path)
-    assert numbers(tmp_path) == numbers(whole.folder)
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="another run is at work"):
-        pretrain(tiny(), StructuredTiles(), folder=tmp_path)
-
-
-def test_a_loss_that_is_no_number_stops_with_step_and_remedies(tmp_path):
-    with pytest.raises(InputError, match=r"step \d+: loss .* lower base_lr .* precision='float32'"):
-        pretrain(tiny(base_lr=1e30, warmup=0.0, checkpoint_every=1), StructuredTiles(), folder=tmp_path)
-    tensors, _ = checkpoint.load(tmp_path / CHECKPOINT)
-    assert Run(tmp_path).log["loss"].notna().all() and all(t.isfinite().all() for t in tensors.values())
-
-
-def test_a_logbook_forgets_what_came_after_its_step(tmp_path):
-    book = Logbook(tmp_path / "log.csv", 0)
-    for step in range(1, 6):
-        book.add({"step": step, "loss": 1 / 3 * step})
-    book.close()
-    with open(tmp_path / "log.csv", "a") as file:
-        file.write("6,0.1")  # cut off in the middle
-    Logbook(tmp_path / "log.csv", 3).close()
-    log = pd.read_csv(tmp_path / "log.csv")
-    assert log["step"].tolist() == [1, 2, 3] and log["loss"].tolist() == [1 / 3, 2 / 3, 1.0]
-
-
 # Watches
 
 
@@ -448,13 +309,3 @@ def test_a_watch_changes_nothing_and_knows_collapse(tmp_path):
     collapsed = watch.look(model, config)
     assert collapsed["rankme"] == pytest.approx(1, abs=0.01) and healthy["rankme"] > 2
     assert collapsed["constants"] == 32
-
-
-def test_a_full_disk_in_the_log_is_explained():
-    book = Logbook.__new__(Logbook)
-    book.path, book._empty = Path("/dev/full"), True
-    book._file = open("/dev/full", "w")  # noqa: SIM115 (closing it fails too)
-    with pytest.raises(InputError, match="no space left while writing /dev/full"):
-        book.add({"step": 1, "loss": 0.5})
-    with contextlib.suppress(OSError):
-        book.close()

@@ -25,7 +25,7 @@ def everything(x: torch.Tensor, logits: torch.Tensor, uneven: torch.Tensor) -> d
         gradients = torch.autograd.grad(value, (x, weight))
         found |= {name: value.detach(), f"{name} of rows": gradients[0], f"{name} of weights": gradients[1]}
     for name, rows in (("all", logits), ("uneven", uneven)):
-        found[f"centre {name}"] = losses.moved_centre(torch.ones(K, dtype=x.dtype), rows, 0.9)
+        found[f"centre {name}"] = losses.moved_centre(torch.ones(K, dtype=x.dtype), [losses.Heard.of(rows)], 0.9)
         found[f"sinkhorn {name}"] = losses.sinkhorn(rows, 0.1)
     return found
 
@@ -51,7 +51,7 @@ def a_step(centring: str, tiles: slice) -> dict[str, torch.Tensor]:
     model = made(centring=centring, drop_path=0.0, koleo=0.1, kde=0.2)
     outcome = model(of_tiles(views(model), tiles), schedule(model.config, 5))
     outcome.loss.backward()
-    model.follow(outcome, 0.9)
+    model.follow([outcome], 0.9)
     named = model.student.named_parameters()
     gradients = {f"{centring} {name}": p.grad for name, p in named if p.grad is not None}
     centres = {f"{centring} moved {name}": centre for name, centre in model.named_buffers(recurse=False)}
@@ -123,4 +123,5 @@ def test_a_step_of_dinov2_on_two_processes_is_that_of_one(two, centring):
 def test_one_process_holds_all_there_is():
     x = torch.randn(3, 4)
     assert ranks.gathered(x) is x and ranks.summed(x) is x and ranks.largest(x) is x
-    assert ranks.own_rows(x).tolist() == [0, 1, 2] and ranks.row_count(x) == 3
+    assert ranks.own_rows(x).tolist() == [0, 1, 2] and ranks.size() == 1
+    assert torch.equal(ranks.mean_row(x), x.mean(0)) and ranks.share(x, 3) is x

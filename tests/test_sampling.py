@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from scipy.stats import chi2, kstest
+from scipy.stats import chi2, chi2_contingency, kstest
 from test_stream import LEVEL, MaskIndex, exact_per_cell, irregular, uniformity
 
 from pathfm import InputError, TileStream, positions, sampling, scales
@@ -150,6 +150,28 @@ def test_the_audit_counts_a_law_by_its_bins(sizes):
     table = audit(stream, range(500))["mpp"]
     assert table["tiles"].sum() == 500 and len(table) == scales.BINS
     assert (table["share"] - table["achieved"]).abs().max() < 0.1
+
+
+# Independence
+
+
+def test_positions_and_scales_of_a_slide_are_independent_draws():
+    """From one round to the next, and of slides that lie side by side in a round: quarter of the slide and mpp."""
+    masks = {f"s{k}": irregular(k) for k in range(3)}
+    tiles = TileStream(MaskIndex(masks), tile_px=40, mpp=(1.0, 2.0), seed=13).names(range(60_000))
+    quarter = (tiles["x"] + 20 * tiles["mpp"] > 160) * 2 + (tiles["y"] + 20 * tiles["mpp"] > 160)
+    state = (2 * quarter + (tiles["mpp"] > 1.5)).to_numpy()
+    of_slide = {name: state[tiles["slide_id"] == name] for name in masks}
+
+    def p(one, other) -> float:
+        counts = np.zeros((8, 8))
+        np.add.at(counts, (one, other), 1)
+        return chi2_contingency(counts[counts.any(axis=1)][:, counts.any(axis=0)]).pvalue
+
+    for name, states in of_slide.items():
+        assert all(p(states[:-lag], states[lag:]) > LEVEL for lag in (1, 2, 7))
+        assert p(of_slide["s0"], states) > LEVEL or name == "s0"
+    assert p(states, np.where(np.arange(len(states)) % 20, states[::-1], states)) < LEVEL  # 5 % repeats would be seen
 
 
 # Weights of positions

@@ -162,3 +162,14 @@ def test_msi_tiles_make_a_table_of_slides(tmp_path, monkeypatch):
     tiles.table.loc[0, "label"] = "MSS"
     with pytest.raises(InputError, match="has tiles of two classes or roles"):
         of_tiles(tiles, task)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name.startswith("exaone_")])
+def test_each_of_the_ten_biomarkers_reads_a_label_table(tmp_path, name):
+    miniatures.tcga_labels(tmp_path / "labels.csv").drop(columns="cancer_type").to_csv(
+        tmp_path / "labels.csv", index=False
+    )
+    slides = tasks.read(name, tmp_path)
+    assert slides.table["cancer_type"].unique().tolist() == [tasks.about(name).title.split(":")[0]]
+    assert set(slides.table["role"]) == {"probe-train", "validate", "test"}
+    assert (slides.table.groupby("patient_id")["role"].nunique() == 1).all()

@@ -63,6 +63,10 @@ def test_the_table_and_its_columns():
     table = tasks.table().set_index("task")
     assert table.loc["crc", ["train", "val", "test", "all"]].tolist() == ["100,000", "7,180", "-", "107,180"]
     assert table.loc["msi_stad", ["train", "all"]].tolist() == ["?", "?"]
+    assert table.loc["bach", ["stops on report", "clean split"]].tolist() == ["yes", "yes"]
+    assert (table.loc[table["stops on report"] == "yes", "clean split"] == "yes").all()
+    assert table.loc["bracs", ["stops on report", "clean split"]].tolist() == ["no", "-"]
+    assert table.loc["mhist", "from"] == "https://bmirds.github.io/MHIST"
     assert table.loc["breakhis", "mpp"] == "?" and table.loc["pathorob_tolkach", "all"] == "9,000"
     assert set(tasks.table("robustness")["task"]) == {f"pathorob_{s}" for s in ("camelyon", "tcga", "tolkach")}
     seen = tasks.contamination().set_index("task")

@@ -1,13 +1,10 @@
-import safetensors.torch
-import timm
 import torch
-from pytest import MonkeyPatch, approx, mark, raises
+from pytest import approx, mark, raises
 from torch import nn
 
 from pathfm import vit
 from pathfm.errors import InputError
-from pathfm.export import export
-from pathfm.vit import DinoHead, attention_maps, fit_weights, make_backbone, patch_tokens, set_attention
+from pathfm.vit import DinoHead, attention_maps, make_backbone, patch_tokens, set_attention
 
 NAME = "vit_small_patch16_224"
 TINY = {"depth": 2, "width": 32, "heads": 2, "img_size": 64}
@@ -53,96 +50,6 @@ def test_stochastic_depth_grows_from_none_to_the_last_block():
     model = tiny(depth=4, drop_path=0.3)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     assert rates == approx([0, 0.1, 0.2, 0.3])
-
-
-def test_weights_come_from_a_folder_of_ours_or_a_file(tmp_path):
-    model = tiny(seed=1)
-    export(model, tmp_path / "ours")
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    for init in (tmp_path / "ours", tmp_path / "ours" / "model.safetensors", tmp_path / "weights.pth"):
-        again, said = make_backbone(NAME, init, **TINY)
-        assert same(again, model) and init.name in said
-
-
-def test_weights_of_another_size_and_patch_are_interpolated(tmp_path):
-    model = tiny(seed=1)
-    export(model, tmp_path)
-    larger, _ = make_backbone(NAME, tmp_path, **{**TINY, "img_size": 96})
-    assert larger.pos_embed.shape == (1, 37, 32)
-    assert torch.equal(larger.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
-    finer, _ = make_backbone("vit_small_patch8_224", tmp_path, **TINY)
-    assert finer.patch_embed.proj.weight.shape[-1] == 8 and finer(images()).shape == (2, 32)
-
-
-def test_weights_that_do_not_fit_name_the_parameter(tmp_path):
-    export(tiny(), tmp_path)
-    with raises(InputError, match=r"cls_token is \(1, 1, 32\), the model has \(1, 1, 64\)"):
-        make_backbone(NAME, tmp_path, **{**TINY, "width": 64})
-    with raises(InputError, match=r"blocks\.2\.norm1\.weight is missing"):
-        make_backbone(NAME, tmp_path, **{**TINY, "depth": 3})
-    with raises(InputError, match=r"blocks\.1\.\S+ is not in the model"):
-        make_backbone(NAME, tmp_path, **{**TINY, "depth": 1})
-
-
-def test_weights_that_cannot_be_read_say_so(tmp_path):
-    with raises(InputError, match=r"neither 'imagenet' nor 'random'"):
-        make_backbone(NAME, tmp_path / "nowhere", **TINY)
-    with raises(InputError, match=r"holds no model\.safetensors"):
-        make_backbone(NAME, tmp_path, **TINY)
-    (tmp_path / "model.safetensors").write_bytes(b"not weights at all")
-    with raises(InputError, match="no weights that can be read"):
-        make_backbone(NAME, tmp_path, **TINY)
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    torch.save({"weights": Trap()}, tmp_path / "trap.pth")
-    with raises(InputError, match="no weights that can be read"):
-        make_backbone(NAME, tmp_path / "trap.pth", **TINY)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_imagenet_weights_are_timms_with_the_position_embedding_resized(tmp_path, monkeypatch: MonkeyPatch):
-    """timm's own loading, with a file in place of the network."""
-    torch.manual_seed(0)
-    classifier = timm.create_model("test_vit")  # 160 px, width 64, 1000 classes
-    safetensors.torch.save_file(classifier.state_dict(), tmp_path / "imagenet.safetensors")
-    create = timm.create_model
-
-    def offline(name, pretrained=False, **arguments):
-        overlay = {"file": str(tmp_path / "imagenet.safetensors"), "hf_hub_id": None} if pretrained else None
-        return create(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    model, said = make_backbone("test_vit", "imagenet", img_size=64)
-    assert "ImageNet weights of timm (test_vit.r160_in1k)" in said
-    assert torch.equal(model.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
-    assert model.pos_embed.shape[1] == 17 and model(images()).shape == (2, 64)
-
-
-def test_weights_are_said_to_be_of_the_images_they_were_trained_on():
-    tags = {
-        name: timm.models.get_pretrained_cfg(name).tag
-        for name in (NAME, "vit_small_patch8_224", "vit_large_patch14_dinov2")
-    }
-    assert {name: vit._seen(tag) for name, tag in tags.items()} == dict(
-        zip(tags, ("ImageNet", "ImageNet", "LVD-142M"), strict=True)
-    )
-    assert vit._seen("laion2b") == "pretrained"
-
-
-def test_imagenet_weights_out_of_reach_name_the_remedies(monkeypatch: MonkeyPatch, tmp_path):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
-    with raises(InputError, match=r"ConnectionError.*local folder.*init='random'"):
-        make_backbone("test_vit", "imagenet", img_size=64)
-    with raises(InputError, match=r"as it is, not with.*depth.*init='random'"):
-        make_backbone(NAME, "imagenet", **TINY)
 
 
 def test_patch_tokens_are_the_tokens_after_cls():
@@ -193,10 +100,3 @@ def test_a_head_of_the_published_shape_has_the_published_number_of_parameters():
     linear = (384 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 256 + 256)
     assert sum(p.numel() for p in head.parameters()) == linear + 256 * 65536 + 65536
     assert vit.DinoHead(8, 4, 4, 4, batch_norm=True).mlp[1].__class__ is nn.BatchNorm1d
-
-
-def test_fit_weights_leaves_classifiers_out():
-    model = tiny()
-    state = {**tiny(seed=3).state_dict(), "head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
-    fit_weights(model, state, "a classifier")
-    assert same(model, tiny(seed=3))

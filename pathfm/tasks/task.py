@@ -79,8 +79,9 @@ class Task:
         shown |= {split: _number(self.count(split), self.has(split)) for split in ROLE}
         shown["all"] = _number(self.count(None), True)
         shown["stops on report"] = "yes" if self.same_split else "no"
+        shown["clean split"] = "yes" if self.clean else "-"
         shown |= {source: self.overlap.get(source, "unknown") for source in SOURCES_OF_TISSUE}
-        return shown | {"licence": self.licence or "?"}
+        return shown | {"licence": self.licence or "?", "from": self.url or "-"}
 
     @property
     def size(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathfm.verbs import probing, slides, study
+from pathfm.verbs import evaluating, probing, slides, study
 
 VERBS = {
     "run": study.Run,
@@ -18,5 +18,9 @@ VERBS = {
     "probe": probing.Probe,
     "eva-config": probing.EvaConfig,
     "tasks": probing.Tasks,
+    "evaluate": evaluating.Evaluate,
+    "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
+    "slide-labels": study.SlideLabels,
+    "export": study.Export,
 }

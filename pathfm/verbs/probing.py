@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 
 from pathfm.verbs.setting import setting
@@ -9,25 +10,54 @@ from pathfm.verbs.setting import setting
 
 @dataclass(frozen=True)
 class Embed:
-    """write the frozen features of labelled tiles as <out>: x (N, D) float32, label and path of each"""
+    """write frozen features: of labelled tiles one .npz (x, label, path), of slides one .h5 each in the folder out"""
 
     model: str
     dataset: str
     out: str
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
+    layers: int = setting(1, "the last so many blocks side by side")
+    precision: str = setting("float32", "float32, bfloat16, or for tiles auto: bfloat16 where a sample shows no harm")
+    device: str = setting("", "such as cuda; the CPU when empty")
+    slides: bool = setting(False, "the data set is a cohort.csv: every tile of a grid over every slide")
+    mpp: float = setting(0.5, "um/px of the tiles of slides")
+    tile_px: int = setting(224, "side of the tiles of slides")
+    min_tissue: float = setting(0.4, "least share of tissue in a tile of a slide")
+    most: int = setting(0, "tiles of a slide, drawn at random where it has more; all when 0")
+    workers: int = setting(0, "processes, each with slides of its own; this one alone when 0")
+    scheduler: str = setting("", "address of a Dask scheduler whose workers embed the slides")
 
     def __call__(self) -> None:
+        (self._slides if self.slides else self._tiles)()
+
+    def _how(self) -> dict[str, typing.Any]:
+        return {name: getattr(self, name) for name in ("pool", "layers", "precision")} | {"device": self.device or None}
+
+    def _tiles(self) -> None:
         import numpy as np
 
         from pathfm.benchmarks import TileSet
         from pathfm.features import extract
         from pathfm.storage import atomic
 
-        features = extract(self.model, TileSet.from_folder(self.dataset), pool=self.pool)
-        table = features.table
+        features = extract(self.model, TileSet.from_folder(self.dataset), **self._how())
+        table, bad = features.table, features.tiles.quarantined
         with atomic(self.out) as file:
             np.savez_compressed(file, x=features.x, label=table["label"].astype(str), path=table["file"].astype(str))
         print(f"{self.out}: {features.x.shape[0]} tiles, {features.x.shape[1]} features")
+        for row in bad.itertuples():
+            print(f"quarantined: {row.file}: {row.reason}")
+
+    def _slides(self) -> None:
+        from pathfm import Cohort, SlideIndex, bags
+
+        index = SlideIndex.build(Cohort.read(self.dataset), scheduler=self.scheduler or None)
+        cut = bags.Cut(self.tile_px, self.mpp, min_tissue=self.min_tissue, most=self.most)
+        where = {"workers": self.workers, "scheduler": self.scheduler or None}
+        found = bags.extract(self.model, index, cut, **self._how(), **where)
+        print(f"{found.write(self.out)}: {found}")
+        for row in found.quarantined.itertuples():
+            print(f"quarantined: {row.slide_id}: {row.reason}")
 
 
 @dataclass(frozen=True)

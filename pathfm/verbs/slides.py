@@ -42,20 +42,27 @@ class Fetch:
     parallel: int = setting(4, "files at a time")
     tries: int = setting(5, "in a row without a byte before a file is given up; waits double from 1 s")
     token_file: str = setting("", "a file with GDC's token, for controlled access only")
+    sites: str = setting("", "GDC's table of source-site codes, which names the centres in cohort.csv")
     gdc_url: str = setting("https://api.gdc.cancer.gov", "GDC's API, or a mirror of it")
     testdata_url: str = setting("https://openslide.cs.cmu.edu/download/openslide-testdata", "or a mirror of it")
 
     def __call__(self) -> None:
         from pathlib import Path
 
-        from pathfm import Cohort
+        from pathfm import Cohort, gdc
         from pathfm.fetch import fetch, read_token
 
+        alone = len(self.what) == 1 and Path(self.what[0]).is_file()
+        if self.sites and not alone:
+            raise InputError("sites are of the slides of a GDC manifest; give it alone, or leave sites out")
+        if self.sites:
+            gdc.source_sites(self.sites)  # what is wrong with it is said before hours of fetching
         token = read_token(self.token_file) if self.token_file else None
         for path in fetch(self.what, self.folder, self.parallel, self.tries, token, self.gdc_url, self.testdata_url):
             print(path)
-        if len(self.what) == 1 and Path(self.what[0]).is_file():
-            print(Cohort.from_gdc(self.what[0], self.folder).write(Path(self.folder) / "cohort.csv"))
+        if alone:
+            cohort = Cohort.from_gdc(self.what[0], self.folder, self.sites or None)
+            print(cohort.write(Path(self.folder) / "cohort.csv"))
 
 
 @dataclass(frozen=True)

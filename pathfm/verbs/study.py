@@ -90,3 +90,32 @@ class Instrument:
         print(means.round(3).to_string())
         for row in instrument.outside(table).itertuples():
             print(f"seed {row.seed}: {row.what} is {row.balanced_accuracy:.3f}, not {row.low:g} to {row.high:g}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """write the teacher or student of a finished run as a folder that timm loads, with its model card"""
+
+    run: str
+    out: str
+    which: str = setting("teacher", "teacher, or student from the last checkpoint")
+    licence: str = setting("", "of the weights, for the card")
+
+    def __call__(self) -> None:
+        from pathfm.export import export_run
+
+        print(export_run(self.run, self.out, self.which, self.licence))
+
+
+@dataclass(frozen=True)
+class SlideLabels:
+    """score the synthetic slide labels B0 to B3 (a coin, common, subtle, spatial) from bags; write results/bags.csv"""
+
+    model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
+    workers: int = setting(0, "processes that draw slides; the number of cores when 0")
+
+    def __call__(self) -> None:
+        from pathfm import bag_study
+
+        shown = ["label", "features", "head", "auc", "low", "high", "n_patients", "reason"]
+        print(bag_study.record(self.model, self.workers)[shown].round(3).to_string(index=False))

@@ -1,0 +1,89 @@
+"""The slide labels B0 to B3 of the synthetic cohort `bags`, from frozen features: what results/bags.csv holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from pathfm import bags, export, slide_probe, synthetic, vit
+from pathfm.bags import Bags, Cut
+from pathfm.cohort import Cohort
+from pathfm.features import random_twin
+from pathfm.index import SlideIndex
+from pathfm.runs import stamp, write_results
+from pathfm.slide_probe import SlideProtocol
+
+LABELS = ("B0", "B1", "B2", "B3")  # a coin; common; subtle and rare; spatial
+# Standardised, unlike eva's: colour and texture lie between 0 and 1, and would hardly be trained as they are.
+PROTOCOL = SlideProtocol(runs=5, standardise=True)
+CUT = Cut(tile_px=224, mpp=1.0)  # some 45 tiles a slide, a few minutes of one core
+
+
+def sources(index: SlideIndex, model: str | Path | None = None, cut: Cut = CUT, **where) -> Iterator[Bags]:
+    """Bags of colour and texture, of a ViT with random weights, and of a pretrained one where its folder is given.
+
+    where  folder and device of `bags.extract`
+    """
+    yield bags.extract("colour+lbp", index, cut, name="colour + LBP", **where)
+    how = {"pool": "both", "precision": "bfloat16", **where}
+    if model is None:
+        yield bags.extract(_random_vit(), index, cut, name="random weights", **how)
+        return
+    network, preprocess = export.load(model)
+    yield bags.extract(random_twin(network), index, cut, preprocess, name="random weights", **how)
+    yield bags.extract(network, index, cut, preprocess, name="pretrained", **how)
+
+
+def _random_vit() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return vit.make_backbone("vit_tiny_patch16_224", "random")[0].eval()
+
+
+def oracle(cohort: Cohort, label: str) -> dict:
+    """The AUC of the latent that the label was drawn from: the ceiling. The coin B0 has none."""
+    latents = synthetic.slide_oracle(cohort, "labels")
+    test = (cohort.table["role"] == "test").to_numpy()
+    truth = cohort.table[label].to_numpy(int)[test] == 1
+    score = latents[label].to_numpy(float)[test]
+    who = cohort.table["patient_id"].to_numpy(str)[test]
+    found = slide_probe.auc(truth, score, who)._asdict()
+    found["auc"] = found.pop("value")
+    told = {"n_patients": len(set(who)), "n_slides": len(who), "n_quarantined": 0, "runs": 1}
+    return {"label": label, "features": "oracle", "head": "latent", **found, **told}
+
+
+def measure(
+    cohort: Cohort,
+    found: list[Bags],
+    heads: tuple[str, ...] = ("abmil", "mean"),
+    labels: tuple[str, ...] = LABELS,
+    protocol: SlideProtocol = PROTOCOL,
+) -> pd.DataFrame:
+    """One row a label, features and head: AUC on test with its interval by patient, in a table with the oracle's."""
+    rows = []
+    for label in labels:
+        if label != "B0":
+            rows.append(pd.DataFrame([oracle(cohort, label)]))
+        for one in found:
+            for head in heads:
+                start = time.process_time()
+                row = slide_probe.table([slide_probe.fit(one, label, head, protocol)])
+                rows.append(row.assign(seconds=round(time.process_time() - start, 1)))
+    return pd.concat(rows, ignore_index=True)
+
+
+def record(model: str = "", workers: int = 0) -> pd.DataFrame:
+    """Draws the cohort where it is not there, embeds it, trains every head, and writes results/bags.csv."""
+    torch.set_num_threads(1)
+    cohort = synthetic.make_cohort("bags", workers=workers or None)
+    index = SlideIndex.build(cohort)
+    found = list(sources(index, model or None))
+    table = measure(cohort, found).assign(**stamp())
+    write_results("bags", table)
+    return table

@@ -1,0 +1,278 @@
+"""Segmentation of nuclei on frozen patch tokens: a small decoder trained as eva trains it, its Dice by image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from pathfm import export
+from pathfm.benchmarks import patients
+from pathfm.errors import InputError, nearest
+from pathfm.scores import RESAMPLES, Interval
+from pathfm.segmentation import DECODERS, dice, dice_loss, of_images
+from pathfm.storage import progress
+from pathfm.tasks.nuclei import NucleiSet
+
+
+@dataclass(frozen=True)
+class SegmentationProtocol:
+    """How a decoder is trained: eva's of 2026, 73b61a7 configs/vision/pathology/online/segmentation."""
+
+    decoder: str = "image"  # "image": tokens and pixels; "tokens": tokens alone
+    window_px: int = 0  # pixels a side of the pieces that images are cut into; 0 keeps them whole
+    input_px: int = 224  # short side to which a piece is brought, and side of its central square
+    crops: bool = False  # train on random crops (8 to 100 % of the area) instead
+    steps: int = 2000  # at most
+    batch_size: int = 64
+    lr: float = 2e-3  # AdamW
+    patience: int = 200  # epochs without a better Dice on validate
+    slow_epochs: int = 5  # at first, at a third of the rate: what torch's ConstantLR does when nothing is set
+    runs: int = 5
+    seed: int = 0  # of the first run
+
+
+EVA = {
+    "consep": SegmentationProtocol(window_px=250, patience=200),
+    "monusac": SegmentationProtocol(crops=True, patience=100),
+}
+
+
+class Pieces(NamedTuple):
+    """What a decoder is trained and scored on.
+
+    images (P, px, px, 3) uint8, masks (P, px, px) uint8, and row (P,) of the image that each was cut from
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    row: np.ndarray
+
+
+def pieces(images: NucleiSet, rows: np.ndarray, protocol: SegmentationProtocol) -> Pieces:
+    """The central squares, at input_px a side, of whole images or of all whole windows of them."""
+    found = []
+    for row in rows:
+        for pixels, mask in _windows(images, row, protocol.window_px):
+            both = v2.Resize(protocol.input_px, antialias=True)(*_pair(pixels, mask))
+            pixels, mask = v2.CenterCrop(protocol.input_px)(*both)
+            found.append((pixels.permute(1, 2, 0).numpy(), mask.numpy(), row))
+    return Pieces(*map(np.stack, zip(*found, strict=True)))
+
+
+def _windows(images: NucleiSet, row: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    pixels, mask = images.image(row), images.masks(row).types
+    if not side or min(mask.shape) < side:
+        yield pixels, mask
+        return
+    for top in range(0, mask.shape[0] - side + 1, side):
+        for left in range(0, mask.shape[1] - side + 1, side):
+            place = slice(top, top + side), slice(left, left + side)
+            yield pixels[place], mask[place]
+
+
+def _pair(pixels: np.ndarray, mask: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """As transforms take them: what moves the image moves the mask, by nearest neighbour."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(mask)))
+
+
+@dataclass(frozen=True, repr=False)
+class Segmented:
+    """Decoders of one backbone on one set, a run each, and what they score.
+
+    each      (R, P, C) Dice of every reported piece by class, nan where it has none of the class
+    clean     the same without the pixels of the ignored class
+    reported  its pieces: of role test, else of validate, on which the runs were also stopped
+    steps     (R,) of the best epoch; validate (R,) its score
+    window_px of the protocol, which says how large a piece is
+    predict   (B, px, px, 3) uint8 to (B, px, px) classes, by the first run
+    """
+
+    name: str
+    images: NucleiSet
+    reported: Pieces
+    role: str
+    each: np.ndarray
+    clean: np.ndarray
+    steps: np.ndarray
+    validate: np.ndarray
+    window_px: int
+    predict: Callable[[np.ndarray], np.ndarray]
+
+    def interval(self, clean: bool = False, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+        """Dice as eva reports it, mean over runs and pieces, with its bootstrap by patient, or image if unknown."""
+        score = np.nanmean([of_images(run) for run in (self.clean if clean else self.each)], axis=0)
+        known = patients(self.images.table)
+        who = self.reported.row if known is None else known[self.reported.row]
+        who, score = np.unique(who, return_inverse=True)[1][~np.isnan(score)], score[~np.isnan(score)]
+        people = who.max() + 1
+        drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), resamples)[:, who]
+        kept = drawn.sum(axis=1) > 0
+        means = (drawn[kept] @ score) / drawn[kept].sum(axis=1)
+        return Interval(float(score.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
+
+    def summary(self) -> pd.DataFrame:
+        """One row: the score with its interval, each class, sizes, and what was left out."""
+        found, by_class = self.interval(), pd.DataFrame(self.each.reshape(-1, self.each.shape[2])).mean()
+        row = {"features": self.name, "dice": found.value, "low": found.low, "high": found.high}
+        if self.images.ignored:
+            row[f"dice without {self.images.ignored}"] = self.interval(clean=True).value
+        row |= dict(zip(self.images.classes, by_class, strict=True)) | {"role": self.role}
+        row |= {"stopped on report": self.role != "test", "runs": len(self.each), "n_pieces": len(self.reported.row)}
+        row |= {"n_images": len(np.unique(self.reported.row)), "n_quarantined": len(self.images.quarantined)}
+        return pd.DataFrame([row])
+
+
+def fit(
+    model: nn.Module | str | Path,
+    images: NucleiSet,
+    protocol: SegmentationProtocol | None = None,
+    preprocess: Callable | None = None,
+    name: str | None = None,
+) -> Segmented:
+    """Decoders on the frozen tokens of `model`, trained on probe-train, stopped on validate, reported on test.
+
+    protocol    None: eva's of the task that `images` is, else the defaults
+    preprocess  None takes the folder's; the pieces keep their size
+
+    The tokens are those of the last block before the final norm, as eva takes them from timm. Raises InputError for
+    an unknown decoder, a role without images, a size that the patch does not divide, and a network without blocks.
+    """
+    protocol = protocol or EVA.get(images.name.split(" ")[0].split(",")[0], SegmentationProtocol())
+    if protocol.decoder not in DECODERS:
+        raise InputError(f"unknown decoder '{protocol.decoder}'.{nearest(protocol.decoder, DECODERS)}")
+    label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
+    if isinstance(model, str | Path):
+        model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
+    seen = _Seen(model.eval(), preprocess or export.Preprocess(protocol.input_px))
+    rows = _roles(images)
+    role = "test" if len(rows["test"]) else "validate"
+    parts = {part: pieces(images, rows[part], protocol) for part in {"probe-train", "validate", role}}
+    seen.check(parts["validate"])
+    ignored = images.classes.index(images.ignored) if images.ignored else None
+    outputs = len(images.classes) - (ignored is not None)
+    held = {part: seen.batch(found) for part, found in parts.items() if part != "probe-train" or not protocol.crops}
+    runs = [
+        _train(seen, images, rows, parts, held, protocol, outputs, ignored, protocol.seed + run)
+        for run in progress(range(protocol.runs), f"{label} on {images.name}", unit="run")
+    ]
+    decoders, steps, validate = zip(*runs, strict=True)
+    answers = [_predict(decoder, held[role], protocol) for decoder in decoders]
+    truth, n = parts[role].masks, len(images.classes)
+    each, clean = (
+        np.array([[dice(a, t, n, ignored, how) for a, t in zip(run, truth, strict=True)] for run in answers])
+        for how in (False, True)
+    )
+    asked = lambda pixels: _predict(decoders[0], seen.batch(Pieces(pixels, pixels[..., 0], None)), protocol)  # noqa: E731
+    told = np.array(steps), np.array(validate), protocol.window_px, asked
+    return Segmented(label, images, parts[role], role, each, clean, *told)
+
+
+class Batch(NamedTuple):
+    """Tokens (P, D, h, w), normalised images (P, 3, px, px) and masks (P, px, px) int64 of pieces."""
+
+    tokens: Tensor
+    images: Tensor
+    masks: Tensor
+
+    def at(self, rows) -> Batch:
+        return Batch(*(part[rows] for part in self))
+
+
+class _Seen(NamedTuple):
+    """A frozen backbone."""
+
+    model: nn.Module
+    preprocess: Callable
+
+    def check(self, some: Pieces) -> None:
+        """Raises InputError where the network does not take the pieces."""
+        try:
+            self.batch(Pieces(*(part[:1] for part in some)))
+        except (AssertionError, RuntimeError) as error:
+            px = some.images.shape[1]
+            raise InputError(f"{type(self.model).__name__} refuses an input of {px} x {px} px: {error}") from None
+        except (AttributeError, TypeError):
+            raise InputError(f"{type(self.model).__name__} gives no patch tokens; take a network of timm") from None
+
+    @torch.no_grad()
+    def batch(self, some: Pieces, at_once: int = 64) -> Batch:
+        images = [self._normalised(part) for part in np.array_split(some.images, -(-len(some.images) // at_once))]
+        how = {"indices": 1, "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+        tokens = torch.cat([self.model.forward_intermediates(x, **how)[0] for x in images])
+        return Batch(tokens, torch.cat(images), torch.from_numpy(some.masks).long())
+
+    def _normalised(self, pixels: np.ndarray) -> Tensor:
+        if isinstance(self.preprocess, export.Preprocess):
+            return self.preprocess(pixels, resize=False)
+        return self.preprocess(pixels)
+
+
+def _train(seen, images, rows, parts, held, protocol, outputs, ignored, seed) -> tuple[nn.Module, int, float]:
+    """One run: the decoder of its best epoch, the steps until then, its Dice on validate."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = DECODERS[protocol.decoder](held["validate"].tokens.shape[1], outputs)
+        optimiser = torch.optim.AdamW(decoder.parameters(), lr=protocol.lr)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1 / 3, protocol.slow_epochs)
+        best, score, when, waited, step = decoder, -1.0, 0, 0, 0
+        while step < protocol.steps and waited < protocol.patience:
+            decoder.train()
+            for batch in _epoch(seen, images, rows, held, protocol):
+                loss = dice_loss(decoder(batch.tokens, batch.images), batch.masks, ignored)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                step += 1
+                if step == protocol.steps:
+                    break
+            schedule.step()
+            answers = _predict(decoder, held["validate"], protocol)
+            truth, n = parts["validate"].masks, len(images.classes)
+            found = [dice(a, t, n, ignored) for a, t in zip(answers, truth, strict=True)]
+            now = float(np.nanmean(of_images(np.array(found))))
+            waited += 1
+            if now > score:
+                best, score, when, waited = copy.deepcopy(decoder), now, step, 0
+    return best.eval(), when, score
+
+
+def _epoch(seen, images, rows, held, protocol) -> Iterator[Batch]:
+    """Every training piece once, in a new order; with `crops`, of every image a new crop."""
+    if not protocol.crops:
+        order = torch.randperm(len(held["probe-train"].masks))
+        yield from (held["probe-train"].at(part) for part in order.split(protocol.batch_size))
+        return
+    crop = v2.RandomResizedCrop(protocol.input_px, antialias=True)
+    order = torch.from_numpy(rows["probe-train"])[torch.randperm(len(rows["probe-train"]))]
+    for part in order.split(protocol.batch_size):
+        cut = [crop(*_pair(images.image(int(row)), images.masks(int(row)).types)) for row in part]
+        pixels = np.stack([image.permute(1, 2, 0).numpy() for image, _ in cut])
+        yield seen.batch(Pieces(pixels, np.stack([mask.numpy() for _, mask in cut]), part.numpy()))
+
+
+@torch.no_grad()
+def _predict(decoder: nn.Module, held: Batch, protocol: SegmentationProtocol) -> np.ndarray:
+    """(P, px, px) uint8 classes."""
+    decoder.eval()
+    parts = zip(*(part.split(protocol.batch_size) for part in held[:2]), strict=True)
+    return torch.cat([decoder(*part).argmax(dim=1).to(torch.uint8) for part in parts]).numpy()
+
+
+def _roles(images: NucleiSet) -> dict[str, np.ndarray]:
+    role = images.table["role"] if "role" in images.table else pd.Series("", index=images.table.index)
+    rows = {name: np.flatnonzero(role == name) for name in ("probe-train", "validate", "test")}
+    for name in ("probe-train", "validate"):
+        if not len(rows[name]):
+            raise InputError(f"no image of {images.name} has the role {name}; draw roles with .split()")
+    return rows

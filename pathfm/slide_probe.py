@@ -1,0 +1,296 @@
+"""Labels of slides from bags of frozen tiles: many runs trained at once, AUC by patient, where attention looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+
+from pathfm.bags import Bags
+from pathfm.benchmarks import patients
+from pathfm.cohort import check_roles
+from pathfm.errors import InputError, nearest
+from pathfm.metrics import CONSTANT, balanced_accuracy
+from pathfm.mil import HEADS
+from pathfm.scores import RESAMPLES, Prediction
+from pathfm.storage import progress
+
+ROLES = ("probe-train", "validate", "test")
+MIN_EACH = 10  # test patients of either class; an AUC of fewer is not shown
+BYTES_AT_ONCE = 2**28  # of the padded bags of one step; runs are trained in groups that stay below
+
+
+@dataclass(frozen=True)
+class SlideProtocol:
+    """How a head is trained: eva's of 2026 for slides, 73b61a7 configs/.../camelyon16_small.yaml and HeadModule."""
+
+    runs: int = 20
+    batch_size: int = 32  # slides
+    epochs: int = 100  # at most
+    patience: int = 20  # epochs without a better balanced accuracy on validate
+    slow_epochs: int = 5  # at first, at a third of the rate: what torch's ConstantLR does when nothing is set
+    seed: int = 0  # of the first run
+    standardise: bool = False  # features, by mean and spread of the probe-train tiles; eva does not
+
+
+@dataclass(frozen=True, repr=False)
+class Fitted:
+    """The runs of one head on one label.
+
+    logits   (R, S, C) of every slide of the bags, C is 1 for two classes
+    state    parameters of the best epoch, each with a leading R
+    epochs   (R,) that epoch; validate (R,) its balanced accuracy
+    scaling  what was subtracted from the features and what they were divided by
+    """
+
+    head: str
+    label: str
+    bags: Bags
+    classes: list[str]
+    logits: np.ndarray
+    state: dict[str, Tensor]
+    epochs: np.ndarray
+    validate: np.ndarray
+    scaling: tuple[np.ndarray | float, np.ndarray | float] = (0.0, 1.0)
+
+    def probability(self) -> np.ndarray:
+        """(R, S) of the last class where there are two."""
+        return 1 / (1 + np.exp(-self.logits[..., 0].astype(float)))
+
+    def predictions(self) -> list[Prediction]:
+        """One a run, of the test slides, for `scores.interval` and the tables; their seeds are those of the runs."""
+        test = (self.bags.slides["role"] == "test").to_numpy()
+        table = self.bags.slides[test].assign(file=self.bags.slides["slide_id"][test])
+        truth = np.array(self.classes)[_codes(self.bags, self.label)[1][test]]
+        how = {"quarantined": len(self.bags.quarantined)}
+        names, found = np.array(self.classes), []
+        for run, answer in enumerate(_answers(self.logits[:, test])):
+            said = table.assign(truth=truth, predicted=names[answer])
+            told = {"validate": float(self.validate[run])}
+            found.append(Prediction(self.bags.name, self.head, said, run, told, **how))
+        return found
+
+    def attention(self, row: int) -> np.ndarray:
+        """(n_tiles,) of a slide, mean over the runs, sum 1. Raises InputError for a head without attention."""
+        if self.head != "abmil":
+            raise InputError(f"the head '{self.head}' has no attention over tiles; take abmil")
+        model = HEADS[self.head](self.bags[row].shape[1], self.logits.shape[2])
+        x, tiles = _padded(_scaled([self.bags[row]], self.scaling))
+        weights = []
+        for run in range(len(self.logits)):
+            model.load_state_dict({name: tensor[run] for name, tensor in self.state.items()})
+            with torch.inference_mode():
+                weights.append(model.attention(x, tiles)[0])
+        return torch.stack(weights).mean(dim=0).numpy()
+
+
+def fit(bags: Bags, label: str = "label", head: str = "abmil", protocol: SlideProtocol | None = None) -> Fitted:
+    """Heads trained on the bags' probe-train slides, stopped and chosen on validate, asked about all of them.
+
+    label  a column of `bags.slides`; beside it the column role
+
+    Each run has its own initial weights and its own order of slides; runs are trained in one batch (TransMIL one
+    by one). Raises InputError for a column or head that is not there, a slide without label, one class, a role
+    without slides, probe-train or validate without a class, a patient on two sides, and features that are not finite.
+    """
+    protocol = protocol or SlideProtocol()
+    if head not in HEADS:
+        raise InputError(f"no head '{head}'.{nearest(head, HEADS)}")
+    classes, y = _codes(bags, label)
+    rows = _roles(bags, label, classes, y)
+    held = [np.ascontiguousarray(bag) for bag in bags]
+    for name, bag in zip(bags.slides["slide_id"], held, strict=True):
+        if not np.isfinite(bag).all():
+            raise InputError(f"features '{bags.name}' hold NaN or infinity, first for {name}; look at the weights")
+    scaling = _scaling([held[row] for row in rows["probe-train"]]) if protocol.standardise else (0.0, 1.0)
+    held = _scaled(held, scaling)
+    largest = max(bag.nbytes for bag in held) * protocol.batch_size
+    group = max(1, BYTES_AT_ONCE // largest) if HEADS[head].together else 1
+    seeds = np.arange(protocol.runs) + protocol.seed
+    parts = [_train(held, y, rows, head, len(classes), protocol, seeds[at : at + group]) for at in
+             progress(range(0, len(seeds), group), f"{head} on {label}", unit="group")]  # fmt: skip
+    logits, epochs, validate = (np.concatenate([part[name] for part in parts]) for name in _OUT)
+    state = {name: torch.cat([part["state"][name] for part in parts]) for name in parts[0]["state"]}
+    return Fitted(head, label, bags, classes, logits, state, epochs, validate, scaling)
+
+
+_OUT = ("logits", "epochs", "validate")
+
+
+def _scaling(bags: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and spread (D,) of the tiles; a feature that does not vary is left as it is."""
+    tiles = np.concatenate(bags)
+    spread = tiles.std(axis=0)
+    return tiles.mean(axis=0), np.where(spread > CONSTANT * np.abs(tiles).max(axis=0), spread, 1)
+
+
+def _scaled(bags: list[np.ndarray], scaling: tuple) -> list[np.ndarray]:
+    return [(bag - scaling[0]) / scaling[1] for bag in bags]
+
+
+def _train(held: list, y: np.ndarray, rows: dict, head: str, classes: int, protocol, seeds) -> dict[str, Any]:
+    """A group of runs, side by side."""
+    outputs = 1 if classes == 2 else classes
+    models = [_seeded(HEADS[head], held[0].shape[1], outputs, seed) for seed in seeds]
+    state, _ = stack_module_state(models)
+    optimiser = torch.optim.AdamW(state.values(), lr=models[0].lr)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1 / 3, protocol.slow_epochs)
+    orders = [np.random.default_rng(seed) for seed in seeds]
+    best = {name: tensor.detach().clone() for name, tensor in state.items()}
+    score, epochs, waited = np.full(len(seeds), -1.0), np.zeros(len(seeds), int), np.zeros(len(seeds), int)
+    target = torch.from_numpy(y)
+    for epoch in range(protocol.epochs):
+        shuffled = np.stack([rng.permutation(rows["probe-train"]) for rng in orders])
+        for start in range(0, shuffled.shape[1], protocol.batch_size):
+            chosen = shuffled[:, start : start + protocol.batch_size]
+            x, tiles = _padded([held[row] for row in chosen.ravel()])
+            x, tiles = x.unflatten(0, chosen.shape), tiles.unflatten(0, chosen.shape)
+            losses = _losses(_apply(models[0], state, x, tiles), target[torch.from_numpy(chosen)])
+            optimiser.zero_grad()
+            losses.sum().backward()
+            optimiser.step()
+        schedule.step()
+        answers = _answers(_ask(models[0], state, held, rows["validate"], protocol))
+        now = np.array([balanced_accuracy(y[rows["validate"]], one) for one in answers])
+        better = (now > score) & (waited < protocol.patience)
+        for name, tensor in state.items():
+            best[name][torch.from_numpy(better)] = tensor.detach()[torch.from_numpy(better)]
+        score, epochs = np.where(better, now, score), np.where(better, epoch, epochs)
+        waited = np.where(better, 0, waited + 1)
+        if (waited >= protocol.patience).all():
+            break
+    logits = _ask(models[0], best, held, np.arange(len(held)), protocol)
+    return {"state": best, "logits": logits, "epochs": epochs, "validate": score}
+
+
+def _apply(model, state: dict[str, Tensor], x: Tensor, tiles: Tensor) -> Tensor:
+    """(R, B, C) logits: run r, with its parameters, of its own bags x[r]."""
+    call = lambda own, bags, there: functional_call(model, own, (bags, there))  # noqa: E731
+    if model.together:
+        return vmap(call)(state, x, tiles)
+    own = [{name: tensor[run] for name, tensor in state.items()} for run in range(len(x))]
+    return torch.stack([call(*each) for each in zip(own, x, tiles, strict=True)])
+
+
+@torch.inference_mode()
+def _ask(model, state: dict[str, Tensor], held: list, rows: np.ndarray, protocol) -> np.ndarray:
+    """(R, len(rows), C) logits of the same slides from every run."""
+    runs, found = len(next(iter(state.values()))), []
+    for start in range(0, len(rows), protocol.batch_size):
+        x, tiles = _padded([held[row] for row in rows[start : start + protocol.batch_size]])
+        found.append(_apply(model, state, x.expand(runs, *x.shape), tiles.expand(runs, *tiles.shape)))
+    return torch.cat(found, dim=1).numpy()
+
+
+def _losses(logits: Tensor, y: Tensor) -> Tensor:
+    """(R,) mean loss of each run's bags: binary with one logit, else cross-entropy."""
+    if logits.shape[2] == 1:
+        return F.binary_cross_entropy_with_logits(logits[..., 0], y.float(), reduction="none").mean(dim=1)
+    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(dim=1)
+
+
+def _answers(logits: np.ndarray) -> np.ndarray:
+    """(R, S) class of each slide as an integer from 0."""
+    return (logits[..., 0] > 0).astype(int) if logits.shape[2] == 1 else logits.argmax(axis=2)
+
+
+def _padded(bags: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """x (B, N, D) with zeros behind the end of a bag, and where there are tiles (B, N)."""
+    longest = max(len(bag) for bag in bags)
+    x = np.zeros((len(bags), longest, bags[0].shape[1]), np.float32)
+    for place, bag in enumerate(bags):
+        x[place, : len(bag)] = bag
+    tiles = np.arange(longest) < np.array([len(bag) for bag in bags])[:, None]
+    return torch.from_numpy(x), torch.from_numpy(tiles)
+
+
+def _seeded(head, width: int, outputs: int, seed: int):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        return head(width, outputs)
+
+
+def _codes(bags: Bags, label: str) -> tuple[list[str], np.ndarray]:
+    """The classes in sorted order, and each slide's as an integer."""
+    slides = bags.slides
+    if label not in slides:
+        raise InputError(f"the slides of {bags.name} have no column '{label}'.{nearest(label, slides.columns)}")
+    if slides[label].isna().any():
+        raise InputError(f"slide {slides['slide_id'][slides[label].isna()].iloc[0]} has no {label}")
+    classes, y = np.unique(slides[label].astype(str).to_numpy(str), return_inverse=True)
+    if len(classes) < 2:
+        raise InputError(f"all slides of {bags.name} have the {label} {classes[0]}; a probe needs two classes or more")
+    return classes.tolist(), y
+
+
+def _roles(bags: Bags, label: str, classes: list[str], y: np.ndarray) -> dict[str, np.ndarray]:
+    slides = bags.slides
+    rows = {role: np.flatnonzero(slides["role"] == role) if "role" in slides else [] for role in ROLES}
+    for role, there in rows.items():
+        absent = np.setdiff1d(np.arange(len(classes)), y[there]) if len(there) else []
+        if not len(there) or (role != "test" and len(absent)):
+            what = f"of {label} {classes[absent[0]]} " if len(there) else ""
+            raise InputError(f"{bags.name}: no slide {what}has the role {role}; give the cohort a column role")
+    if patients(slides) is not None:
+        check_roles(slides.assign(patient=patients(slides)), unit="patient")
+    return rows
+
+
+class AUC(NamedTuple):
+    """Mean over runs, with the interval of its bootstrap by patient; nan, and why, where it is not shown."""
+
+    value: float
+    low: float
+    high: float
+    spread: float  # standard deviation over runs: noise of the optimiser, no part of the interval
+    n_patients: tuple[int, int]  # of the first and the last class
+    reason: str
+
+
+def auc(truth: np.ndarray, score: np.ndarray, patient: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> AUC:
+    """Area under the ROC curve, 0 to 1; every bootstrap draw takes the same patients for all runs.
+
+    truth (S,) bool; score (R, S), higher for True; patient (S,) whose slides are drawn together
+
+    Not shown with fewer than 10 patients of either class. A draw without one of the classes is left out.
+    """
+    truth, score = np.asarray(truth, bool), np.atleast_2d(score)
+    who = np.unique(patient, return_inverse=True)[1]
+    n = len(np.unique(who[~truth])), len(np.unique(who[truth]))
+    if min(n) < MIN_EACH:
+        return AUC(*[np.nan] * 4, n, f"{n[0]} + {n[1]} test patients, fewer than {MIN_EACH} of a class")
+    gap = score[:, truth, None] - score[:, None, ~truth]
+    won = (gap > 0) + 0.5 * (gap == 0)  # (R, positives, negatives)
+    each = won.mean(axis=(1, 2))
+    drawn = np.random.default_rng(seed).multinomial(
+        who.max() + 1, np.full(who.max() + 1, 1 / (who.max() + 1)), resamples
+    )
+    yes, no = drawn[:, who[truth]], drawn[:, who[~truth]]
+    pairs = yes.sum(axis=1) * no.sum(axis=1)
+    kept = pairs > 0
+    areas = np.einsum("bp,pn,bn->b", yes[kept], won.mean(axis=0), no[kept], optimize=True) / pairs[kept]
+    return AUC(each.mean(), *np.quantile(areas, [0.025, 0.975]), each.std(ddof=1) if len(each) > 1 else np.nan, n, "")
+
+
+def table(fits: Iterable[Fitted]) -> pd.DataFrame:
+    """One row a fit: AUC on test with its interval by patient, sizes, runs, what was left out and why."""
+    rows = []
+    for one in fits:
+        if len(one.classes) != 2:
+            raise InputError(f"{one.label} has {len(one.classes)} classes, an AUC has two; score its predictions()")
+        slides = one.bags.slides
+        test = (slides["role"] == "test").to_numpy()
+        who = patients(slides)[test]
+        y = _codes(one.bags, one.label)[1][test]
+        found = auc(y == 1, one.probability()[:, test], who)
+        told = found._asdict() | {"n_patients": len(set(who)), "n_slides": int(test.sum())}
+        told |= {"n_quarantined": len(one.bags.quarantined), "runs": len(one.logits), "validate": one.validate.mean()}
+        rows.append({"label": one.label, "features": one.bags.name, "head": one.head, **told})
+    return pd.DataFrame(rows).rename(columns={"value": "auc"})

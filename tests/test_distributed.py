@@ -1,0 +1,113 @@
+"""Two processes, or parts of a batch one after the other, are one process with the same global batch."""
+
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from structured_tiles import StructuredTiles
+from test_dinov2 import TINY as TINY_V2
+from test_pretrain import TINY
+
+from pathfm import checkpoint, training
+from pathfm.augment import Views
+from pathfm.config import make_config
+from pathfm.dino import Dino
+from pathfm.dinov2 import DinoV2
+from pathfm.pretrain import Run, pretrain
+
+STAINS = {"stain_transfer": 0.5, "randstain": 0.5, "rotate": True, "stain": 0.2}
+DINO = {**TINY, **STAINS, "batch_size": 8, "steps": 3, "koleo": 0.1, "watch_every": 0}
+SINKHORN = {**TINY_V2, "batch_size": 8, "steps": 3, "stain_transfer": 0.5, "kde": 0.1, "watch_every": 0}
+CENTRE = {**SINKHORN, "centring": "centre", "separate_head": False}
+
+
+class Double:
+    """A method in float64, in which sums do not depend on their order to any digit that is looked at."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.double()
+
+    def forward(self, views: Views, now):
+        return super().forward(views._replace(global_=views.global_.double(), local=views.local.double()), now)
+
+
+class DoubleDino(Double, Dino):
+    pass
+
+
+class DoubleDinoV2(Double, DinoV2):
+    pass
+
+
+def train(fields: dict, folder: Path, exact: bool = True) -> None:
+    if exact:
+        training.METHODS = {"dino": DoubleDino, "dinov2": DoubleDinoV2}
+    config = make_config(**fields)
+    pretrain(config, StructuredTiles(config.tile_px), StructuredTiles(config.tile_px, seed=1), folder)
+
+
+def assert_same(folder: Path, wanted: Path) -> None:
+    """Of two runs: every number of the log to 1e-5, and all weights, moments and centres to 1e-5 of their size."""
+    log, want = (Run(of).log.drop(columns=["tiles_per_s", "data_wait", "seconds"]) for of in (folder, wanted))
+    assert list(log) == list(want) and len(log) == len(want)
+    assert ((log - want).abs() <= 1e-5 * want.abs().clip(lower=1)).all().all()
+    tensors, state = checkpoint.newest(folder)[1:]
+    expected, _ = checkpoint.newest(wanted)[1:]
+    assert set(tensors) == set(expected)
+    for name, value in expected.items():
+        close = torch.allclose(
+            tensors[name].double(), value.double(), rtol=1e-5, atol=1e-5 * float(value.double().norm()) + 1e-12
+        )
+        assert close, name
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Runs of one process, each made once."""
+    made = {}
+
+    def run(fields: dict) -> Path:
+        name = repr(sorted(fields.items()))
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("one")
+            assert processes.on_ranks(1, train, fields, made[name]) == [0]
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "fields, more",
+    [
+        (DINO, {}),
+        (SINKHORN, {}),
+        (CENTRE, {}),
+        (DINO, {"shard": True}),
+        (SINKHORN, {"shard": True, "checkpoint_activations": True}),
+    ],
+    ids=["dino", "sinkhorn", "centre", "dino-shard", "sinkhorn-shard"],
+)
+def test_two_processes_are_one(fields, more, one, tmp_path):
+    """With BatchNorm in the head, stochastic depth, colours of other tiles and laws of them, KoLeo or KDE, masks."""
+    assert processes.on_ranks(2, train, {**fields, **more}, tmp_path) == [0, 0]
+    assert_same(tmp_path, one(fields))
+    assert Run(tmp_path).params["sessions"][0]["ranks"] == 2
+    assert (tmp_path / "teacher" / "model.safetensors").exists()
+
+
+# Of a part alone: BatchNorm, Sinkhorn, KoLeo, KDE. All else is that of the whole batch.
+APART = {"koleo": 0.0, "kde": 0.0, "head_norm": False}
+
+
+@pytest.mark.parametrize("fields, ranks, parts", [(DINO, 1, 4), (CENTRE, 2, 2)], ids=["dino", "two-ranks"])
+def test_a_batch_in_parts_is_the_batch(fields, ranks, parts, one, tmp_path):
+    """Drops, masks, colours and centres included; the entropy of a mean, for the log, is that of a part's."""
+    fields = {name: value for name, value in {**fields, **APART}.items() if name != "kde" or "kde" in fields}
+    assert processes.on_ranks(ranks, train, {**fields, "accumulate": parts}, tmp_path) == [0] * ranks
+    wanted = one(fields)
+    for folder in (tmp_path, wanted):
+        lines = Run(folder).log.drop(columns="prototype_entropy").to_csv(index=False)
+        (folder / "log.csv").write_text(lines)
+    assert_same(tmp_path, wanted)

@@ -1,0 +1,152 @@
+"""Options of the loop that change its cost and not its numbers, and what it says when a step cannot be done."""
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+from structured_tiles import StructuredTiles
+from test_dinov2 import tiny as tiny_v2
+from test_pretrain import tiny
+
+from pathfm import remedies, training
+from pathfm.augment import MultiCrop
+from pathfm.depth import TileDrop
+from pathfm.errors import InputError
+from pathfm.feed import batches
+from pathfm.pretrain import Run, pretrain
+from pathfm.training import Training
+
+
+def gradients(config, folder) -> dict[str, torch.Tensor]:
+    """Of one step on the first batch, before clipping and stepping."""
+    made = Training(config, [], folder)
+    made.model.clip = lambda: torch.zeros(())
+    made.optimiser.step = lambda: None
+    stream = StructuredTiles(config.tile_px)
+    made._one(0, next(iter(batches(stream, config, 0))), MultiCrop(config, made.model.patch_px))
+    return {name: p.grad.clone() for name, p in made.named.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_v2])
+def test_blocks_computed_again_have_equal_gradients(make, tmp_path, monkeypatch):
+    """Stochastic depth drops the same the second time; and a block does run twice."""
+    seen = []
+    forward = TileDrop.forward
+    monkeypatch.setattr(TileDrop, "forward", lambda self, x: seen.append(1) or forward(self, x))
+    plain = gradients(make(), tmp_path)
+    once, seen[:] = len(seen), []
+    again = gradients(make(checkpoint_activations=True), tmp_path)
+    assert len(seen) > once
+    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_have_equal_gradients(tmp_path):
+    fields = {"depth": 1, "drop_path": 0.0, "local_views": 1}
+    plain, compiled = (gradients(tiny(**fields, compile=on), tmp_path) for on in (False, True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, want in plain.items():
+        assert (compiled[name] - want).norm() <= 1e-4 * want.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("local_px, passes", [(16, [8, 8]), (32, [16])])
+def test_crops_of_one_size_go_through_together(local_px, passes, tmp_path):
+    made, seen = Training(tiny(local_px=local_px), [], tmp_path), []
+    made.model.student.backbone.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    batch = next(iter(batches(StructuredTiles(), made.config, 0)))
+    made._one(0, batch, MultiCrop(made.config))
+    assert seen == passes  # 4 tiles in 2 global and 2 local views
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"batch_size": 6, "accumulate": 4}, "batch_size=6 cannot be split into accumulate=4 parts"),
+        ({"accumulate": 4, "koleo": 0.1}, "batch_size=4 in accumulate=4 parts leaves koleo no neighbour.*take 8"),
+        ({"accumulate": 4}, "batch_size=4 in accumulate=4 parts leaves BatchNorm"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0 must be above 0"),
+        ({"on_collapse": "halt"}, "on_collapse='halt' is unknown"),
+    ],
+)
+def test_parts_that_cannot_be_are_named(fields, message):
+    with pytest.raises(InputError, match=message):
+        tiny(**fields)
+
+
+def test_ranks_that_cannot_have_equal_parts_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathfm.ranks.size", lambda: 3)
+    with pytest.raises(InputError, match="batch_size=4 cannot be split over 3 ranks .* take a multiple of 3"):
+        Training(tiny(), [], tmp_path)
+
+
+# Out of memory, on a pretended GPU where each tile of a pass takes 10 bytes beside 100
+
+
+@contextlib.contextmanager
+def pretended(capacity: int, monkeypatch):
+    seen = []
+    forward = training.METHODS["dino"].forward
+
+    def filling(model, views, now):
+        seen.append(100 + 10 * views.global_.shape[1])
+        if seen[-1] > capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, views, now)
+
+    monkeypatch.setattr(training.METHODS["dino"], "forward", filling)
+    monkeypatch.setattr(remedies, "capacity_bytes", lambda device: capacity)
+    monkeypatch.setattr(remedies, "forget_peak", lambda device: None)
+    monkeypatch.setattr(remedies, "peak_bytes", lambda device: seen[-1])
+    monkeypatch.setattr(remedies, "SPARE", 1.0)
+    monkeypatch.setattr(Training, "_moments", lambda self: 0)
+    yield
+
+
+@pytest.mark.parametrize("parts, said", [(1, "batch_size=9, or accumulate=2"), (2, None)])
+def test_a_full_gpu_says_what_would_fit_and_that_does(parts, said, tmp_path, monkeypatch):
+    config = tiny(batch_size=16, steps=1, watch_every=0, accumulate=parts)
+    with pretended(195, monkeypatch):
+        if said is None:
+            assert len(pretrain(config, StructuredTiles(), folder=tmp_path).log) == 1
+            return
+        with pytest.raises(InputError, match=rf"out of memory with 16 tiles at once.*9 would fit: take {said}") as told:
+            pretrain(config, StructuredTiles(), folder=tmp_path)
+        assert "checkpoint_activations=True" in str(told.value)
+
+
+def test_a_gpu_too_small_for_a_few_tiles_says_so(tmp_path, monkeypatch):
+    config = tiny(batch_size=16, steps=1, watch_every=0)
+    with pretended(105, monkeypatch), pytest.raises(InputError, match="out of memory .* Take accumulate=2"):
+        pretrain(config, StructuredTiles(), folder=tmp_path)
+
+
+def test_tiles_that_fit_are_what_is_left_over_what_a_tile_takes():
+    assert remedies.tiles_that_fit(lambda tiles: 1000 + 7 * tiles, 1700) == int((0.9 * 1700 - 1000) / 7)
+    config = tiny(batch_size=24)
+    assert [remedies.accumulate_for(config, fits, 2) for fits in (12, 11, 5, 1)] == [1, 2, 3, 12]
+    assert "Not one tile would fit" in str(remedies.full_memory(config, 0, 1))
+
+
+def test_kde_spreads_the_features_of_a_run(tmp_path):
+    """The same short run with and without: the mean likeness of two tiles' features ends lower, and the loss falls."""
+    fields = {"layer_scale": 1.0, "jitter": 0.0, "drop_path": 0.0, "koleo": 0.0, "batch_size": 16, "steps": 40}
+    fields |= {"global_scale": (0.5, 1.0), "local_scale": (0.2, 0.5), "layer_decay": 1.0, "base_lr": 0.016}
+    runs = {}
+    for kde in (0.0, 0.5):
+        config = tiny_v2(**fields, kde=kde, watch_every=40)
+        runs[kde] = pretrain(config, StructuredTiles(48), StructuredTiles(48, seed=1), tmp_path / str(kde))
+    features = {kde: of_tiles(run) for kde, run in runs.items()}
+    assert features[0.5] < features[0.0] - 0.1
+    log = runs[0.5].log
+    assert log["kde"].tail(5).mean() < log["kde"].head(5).mean() - 0.3
+    assert log["dino"].tail(5).mean() < log["dino"].head(5).mean() - 0.1
+    assert runs[0.5].watches["rankme"].iloc[-1] > 2
+
+
+def of_tiles(run: Run) -> float:
+    """Mean cosine of the teacher's features of two tiles."""
+    images = torch.stack([torch.tensor(StructuredTiles(48, seed=3)[i].image) for i in range(64)])
+    with torch.no_grad():
+        x = torch.nn.functional.normalize(run.backbone(images[:, 3:45, 3:45].permute(0, 3, 1, 2) / 127.5 - 1), dim=-1)
+    return float((x @ x.mT).fill_diagonal_(0).sum() / 64 / 63)
