@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from pathfm.errors import InputError
 from pathfm.protocols import Protocol
 
 LOW, LOW_EPOCHS = 1 / 3, 5  # torch's ConstantLR as eva leaves it: a third of the learning rate for five epochs
-READ_ROWS = 8192  # rows of features in memory at once while heads are judged
+READ_ROWS = 2048  # rows of features in memory at once while heads are judged
+HELD_BYTES = 2**29  # of a memory-mapped file that may stay mapped from one epoch to the next
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,8 +83,10 @@ def fit(
         runs = torch.from_numpy(np.flatnonzero(watch.running.any(axis=0)))  # ended ones cost nothing
         for batch in order[runs].split(chosen.batch_size, dim=1):
             descent.step(rows[batch], labels[batch.to(device)], runs.to(device))
+        rows.release()
         if (epoch + 1) % chosen.every == 0:
             watch.look((epoch + 1) * steps, _scores(chosen, rows, labels, validate, weight, bias))
+            rows.release()
             if not watch.running.any():
                 break
     return watch.heads(rates)
@@ -99,6 +103,11 @@ class _Rows:
         if isinstance(self.x, np.ndarray):
             return torch.from_numpy(self.x[np.asarray(rows)]).float()
         return self.x[torch.as_tensor(rows, device=self.device)].float()
+
+    def release(self) -> None:
+        """Gives back the pages of a large mapped file: they stay in the system's cache, but not in this process."""
+        if isinstance(self.x, np.memmap) and self.x.mode == "r" and self.x.nbytes > HELD_BYTES:
+            self.x._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class _Descent:
@@ -248,10 +257,13 @@ def _checked(chosen: Protocol, x, y, train, validate) -> tuple[np.ndarray, np.nd
         )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() < 1:
         raise InputError("labels must be integers from 0, of at least two classes")
+    rows = _Rows(x, "cpu")
     for start in range(0, len(x), READ_ROWS):
-        bad = ~np.isfinite(x[start : start + READ_ROWS]).all(axis=1)
+        bad = ~rows[np.arange(start, min(start + READ_ROWS, len(x)))].isfinite().all(1)
         if bad.any():
-            raise InputError(f"features hold NaN or infinity, first in row {start + bad.argmax()}; look at the weights")
+            first = start + int(bad.int().argmax())
+            raise InputError(f"features hold NaN or infinity, first in row {first}; look at the weights")
+    rows.release()
     for name, rows, least in (("train", train, max(1, chosen.shots)), ("validate", validate, 1)):
         counts = np.bincount(y[rows], minlength=y.max() + 1)
         if counts.min() < least:

@@ -89,8 +89,8 @@ def test_an_exported_backbone_runs_in_eva(python, backbone, tmp_path):
     y, split = manifest["target"].to_numpy(), manifest["split"].to_numpy()
     chosen = replace(protocol("eva-2026", 268, 132, 4, max_steps=40), runs=20)
     found = heads.fit(chosen, ours.numpy(), y, np.flatnonzero(split == "train"), np.flatnonzero(split == "val"))
-    error = 3 * np.sqrt(table["validate"].var(ddof=1) / 5 + found.validate.var(ddof=1) / 20)
-    assert abs(table["validate"].mean() - found.validate.mean()) <= max(0.01, error)
+    # predict_fit builds the head before it copies the model, so eva's runs share one start; it is one of ours.
+    assert abs(table["validate"].mean() - found.validate.mean()) <= 3 * found.validate.std(ddof=1)
 
 
 def test_the_configuration_holds_the_protocol(backbone, tmp_path):
