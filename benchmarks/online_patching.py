@@ -1,6 +1,6 @@
 """How fast tiles come from a slide: pathfm beside its peers, beside the decoder's own limit, and over many slides.
 
-    python benchmarks/online_patching.py [--side 30000] [--repeats 5] [--tiles 64] [--parts rates mixing views planning]
+    python benchmarks/online_patching.py [--side 30000] [--repeats 5] [--tiles 64] [--parts rates mixing ...]
 
 Peers are optional, and the table names those that are missing:
 
@@ -21,6 +21,7 @@ mixing    What a batch of 64 looks like: slides in it, the share of its area tha
           many tiles (seconds at the rate of this run) one first covers more than half of an earlier one at its mpp.
 views     A DataLoader of 2 workers, and DINO's views in this process: where CPU time goes.
 planning  A simulated index of 30,000 slides beside one of 10; see many_slides.py.
+indexing  Directories and whole scans of real headers, and what 30,000 slides take; see indexing.py.
 
 A spin probe says how many cores were free: the work that two threads do in a second of wall time over what one does in
 a second of CPU time. Wall times of two threads are to be read beside it. Results go to results/online_patching.csv.
@@ -58,6 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import many_slides  # noqa: E402
+from indexing import indexing  # noqa: E402
 from patch_batches import mixing, views  # noqa: E402
 
 from pathfm import Slide, reading  # noqa: E402
@@ -364,7 +366,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=30_000, help="of the synthetic slide, px; at least 8,192")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiles", type=int, default=64, help="in a batch")
-    parser.add_argument("--parts", nargs="+", default=["rates", "mixing", "views", "planning"])
+    parser.add_argument("--parts", nargs="+", default=["rates", "mixing", "views", "planning", "indexing"])
     parser.add_argument("--slides", type=int, default=30_000, help="of the simulated index")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "online_patching.csv")
     options = parser.parse_args()
@@ -381,6 +383,7 @@ def main() -> None:
         )
         found.append(tidy("rates", table, ["positions", "asked", "contender"]))
     parts = {"mixing": mixing, "views": views, "planning": lambda: many_slides.compare(options.slides)}
+    parts["indexing"] = lambda: indexing(options.slides, more=[slide_path(options.side)])
     for name, measure in parts.items():
         if name in options.parts:
             table = measure()

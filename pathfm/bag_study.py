@@ -19,6 +19,8 @@ from pathfm.runs import stamp, write_results
 from pathfm.slide_probe import SlideProtocol
 
 LABELS = ("B0", "B1", "B2", "B3")  # a coin; common; subtle and rare; spatial
+# Standardised, unlike eva's: colour and texture lie between 0 and 1, and would hardly be trained as they are.
+PROTOCOL = SlideProtocol(runs=5, standardise=True)
 CUT = Cut(tile_px=224, mpp=1.0)  # some 45 tiles a slide, a few minutes of one core
 
 
@@ -61,7 +63,7 @@ def measure(
     found: list[Bags],
     heads: tuple[str, ...] = ("abmil", "mean"),
     labels: tuple[str, ...] = LABELS,
-    protocol: SlideProtocol | None = None,
+    protocol: SlideProtocol = PROTOCOL,
 ) -> pd.DataFrame:
     """One row a label, features and head: AUC on test with its interval by patient, in a table with the oracle's."""
     rows = []

@@ -33,7 +33,7 @@ def of(features: Features, role: str | None = "test", k: int = K, seed: int = 0)
     else:
         label, centre = table["label"].to_numpy(str), table["centre"].to_numpy(str)
         index = metrics.robustness_index(x, label, centre, who, (k,), seed).iloc[0]
-        found["robustness_index"] = index["robustness_index"]
+        found["robustness_index"] = float(index["robustness_index"])
         why += [index["reason"]] if index["reason"] else []
         if len(np.unique(centre)) > 1:
             named = metrics.centre_identity(x, centre, who, k)

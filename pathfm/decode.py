@@ -204,7 +204,12 @@ def jpeg_header(data: bytes) -> JpegHeader:
 
 
 def _jpeg2000(data: bytes, how: Recipe) -> np.ndarray:
-    """Whether colours are converted is decided by the codestream: by its own transform, or because it subsamples."""
+    """Whether colours are converted is decided by the codestream: by its own transform, or because it subsamples.
+
+    Always decoded whole. Pillow leaves out resolutions, but for half the size it needs 0.9 of the time that
+    imagecodecs needs for the whole (256 px: 2.1 and 2.4 ms), holds the interpreter's lock meanwhile, and gives a
+    picture that lies a quarter of its pixels off, 35 dB from the mean of what it stands for.
+    """
     size, subsampled, transformed = jpeg2000_header(data)
     if size != (how.width, how.height):
         raise Damaged(f"is a JPEG 2000 of {size[0]} x {size[1]} px and not {how.width} x {how.height}")

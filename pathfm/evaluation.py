@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from pathfm import backbones, confounding, leaderboard, probe, scores, tasks
+from pathfm import backbones, confounding, leaderboard, probe, protocols, scores, tasks
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError, nearest
-from pathfm.features import Features, extract
+from pathfm.features import Features, extract, random_twin
 from pathfm.scores import Prediction
 from pathfm.tasks import pathorob
 
-# By the name that their predictions bear; both ask for tiles to test on.
-PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {"linear": probe.linear, "kNN": probe.knn}
-ON_TEST = ("linear", "kNN")
+# By the name that their predictions bear.
+PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {
+    "linear": probe.linear,
+    "kNN": probe.knn,
+    "logistic": probe.logistic,
+    "SimpleShot": probe.simpleshot,
+    **{name: functools.partial(probe.eva, name=name) for name in protocols.PROTOCOLS},
+}
+ON_TEST = ("linear", "kNN")  # these choose on validate; eva's report on it where there is no test
 ROBUSTNESS = "pathorob-2025"
 READ_BY = {"segmentation": "pathfm.tasks.read gives masks to a decoder", "slides": "pathfm.tasks.read gives slides"}
 
@@ -75,8 +83,11 @@ def evaluate(
     name, fit = name or Path(str(backbone)).name, PROTOCOLS[protocol]
     features = extract(model, tiles, preprocess, pool, name)
     answers = fit(features)
-    twin = None if backbones.only_cls(model) else model
-    floors = probe.floor_predictions(tiles, twin, preprocess, fit)
+    validated = "validate" in answers.settings and not backbones.only_cls(model)
+    floors = probe.floor_predictions(tiles, model if validated else None, preprocess, fit)
+    if not validated:  # nothing says which pooling of random weights is best
+        twin = fit(extract(random_twin(model), tiles, preprocess, pool, f"random weights ({pool})"))
+        floors.append(replace(twin, floor=True))
     row = leaderboard.row_of([answers], name, pretrained_on, task or tiles.name, floors)
     role = answers.settings.get("reported on", "test")
     table = confounding.beside(scores.scores([answers, *floors]), [features], role)

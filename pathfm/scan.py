@@ -15,7 +15,7 @@ from pathfm.sampling import footprint
 from pathfm.slide import Slide
 from pathfm.tilemap import TileMap
 
-VERSION = 4  # of what is stored and how masks are made; an index of another version is made anew
+VERSION = 5  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide

@@ -17,7 +17,7 @@ from pathfm.bags import Bags
 from pathfm.benchmarks import patients
 from pathfm.cohort import check_roles
 from pathfm.errors import InputError, nearest
-from pathfm.metrics import balanced_accuracy
+from pathfm.metrics import CONSTANT, balanced_accuracy
 from pathfm.mil import HEADS
 from pathfm.scores import RESAMPLES, Prediction
 from pathfm.storage import progress
@@ -37,6 +37,7 @@ class SlideProtocol:
     patience: int = 20  # epochs without a better balanced accuracy on validate
     slow_epochs: int = 5  # at first, at a third of the rate: what torch's ConstantLR does when nothing is set
     seed: int = 0  # of the first run
+    standardise: bool = False  # features, by mean and spread of the probe-train tiles; eva does not
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +47,7 @@ class Fitted:
     logits   (R, S, C) of every slide of the bags, C is 1 for two classes
     state    parameters of the best epoch, each with a leading R
     epochs   (R,) that epoch; validate (R,) its balanced accuracy
+    scaling  what was subtracted from the features and what they were divided by
     """
 
     head: str
@@ -56,6 +58,7 @@ class Fitted:
     state: dict[str, Tensor]
     epochs: np.ndarray
     validate: np.ndarray
+    scaling: tuple[np.ndarray | float, np.ndarray | float] = (0.0, 1.0)
 
     def probability(self) -> np.ndarray:
         """(R, S) of the last class where there are two."""
@@ -79,7 +82,7 @@ class Fitted:
         if self.head != "abmil":
             raise InputError(f"the head '{self.head}' has no attention over tiles; take abmil")
         model = HEADS[self.head](self.bags[row].shape[1], self.logits.shape[2])
-        x, tiles = _padded([self.bags[row]])
+        x, tiles = _padded(_scaled([self.bags[row]], self.scaling))
         weights = []
         for run in range(len(self.logits)):
             model.load_state_dict({name: tensor[run] for name, tensor in self.state.items()})
@@ -106,6 +109,8 @@ def fit(bags: Bags, label: str = "label", head: str = "abmil", protocol: SlidePr
     for name, bag in zip(bags.slides["slide_id"], held, strict=True):
         if not np.isfinite(bag).all():
             raise InputError(f"features '{bags.name}' hold NaN or infinity, first for {name}; look at the weights")
+    scaling = _scaling([held[row] for row in rows["probe-train"]]) if protocol.standardise else (0.0, 1.0)
+    held = _scaled(held, scaling)
     largest = max(bag.nbytes for bag in held) * protocol.batch_size
     group = max(1, BYTES_AT_ONCE // largest) if HEADS[head].together else 1
     seeds = np.arange(protocol.runs) + protocol.seed
@@ -113,10 +118,21 @@ def fit(bags: Bags, label: str = "label", head: str = "abmil", protocol: SlidePr
              progress(range(0, len(seeds), group), f"{head} on {label}", unit="group")]  # fmt: skip
     logits, epochs, validate = (np.concatenate([part[name] for part in parts]) for name in _OUT)
     state = {name: torch.cat([part["state"][name] for part in parts]) for name in parts[0]["state"]}
-    return Fitted(head, label, bags, classes, logits, state, epochs, validate)
+    return Fitted(head, label, bags, classes, logits, state, epochs, validate, scaling)
 
 
 _OUT = ("logits", "epochs", "validate")
+
+
+def _scaling(bags: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and spread (D,) of the tiles; a feature that does not vary is left as it is."""
+    tiles = np.concatenate(bags)
+    spread = tiles.std(axis=0)
+    return tiles.mean(axis=0), np.where(spread > CONSTANT * np.abs(tiles).max(axis=0), spread, 1)
+
+
+def _scaled(bags: list[np.ndarray], scaling: tuple) -> list[np.ndarray]:
+    return [(bag - scaling[0]) / scaling[1] for bag in bags]
 
 
 def _train(held: list, y: np.ndarray, rows: dict, head: str, classes: int, protocol, seeds) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathfm.filters import HsvFilter
 from pathfm.footprints import Listed, Ranged, Tiling, slides_of, spots, tissue_share
 from pathfm.index import SlideIndex
 from pathfm.prefetch import Prefetch
-from pathfm.reading import Begun, Job, begin, finish
+from pathfm.reading import Begun, Job, begin, finish, read
 from pathfm.sampling import NO_HEAT, Heat, Sampler
 from pathfm.slide import MAX_UPSAMPLE
 
@@ -245,7 +245,8 @@ class TileStream:
             x, y = (plan.grid * round((at - side / 2) / plan.grid) for at in middle)
             tissue = tissue_share(self._sampler.slides, int(self._sampler([i]).slide[0]), x, y, side)
             names.append(TileName(name.slide_id, x, y, plan.mpp, tissue, plan.resampled, name.i))
-        return [Tile(image, *name) for image, name in zip(self._images(names), names, strict=True)]
+        images = read([self._job(name) for name in names], self.threads)
+        return [Tile(image, *name) for image, name in zip(images, names, strict=True)]
 
     def name(self, i: int) -> TileName:
         """What tile i is, without reading it; with a `tile_filter` its pixels, and those it rejects, are read."""
@@ -315,27 +316,21 @@ class TileStream:
         margin = self.margin_px
         return image[margin : margin + self.tile_px, margin : margin + self.tile_px]
 
-    def _images(self, names: Sequence[TileName]) -> list[np.ndarray]:
-        """The pixels of named tiles."""
-        return finish(self._begun(names), self.threads)
-
-    def _begun(self, names: Sequence[TileName]) -> Begun:
-        return begin([self._job(name) for name in names], self.threads)
-
     def _read(
         self, numbers: Sequence[int], named: Callable[[Sequence[int]], list[TileName]], foresee: bool = True
     ) -> list[tuple[TileName, np.ndarray]]:
         """Tiles by their numbers; those of slides that lie elsewhere are begun before, where they can be foreseen."""
-        if not (foresee and self._far):
-            names = named(numbers)
-            return list(zip(names, self._images(names), strict=True))
 
         def under_way(some: Sequence[int]) -> tuple[tuple[list[TileName], Begun], int]:
             names = named(some)
-            begun = self._begun(names)
+            begun = begin([self._job(name) for name in names], self.threads)
             return (names, begun), begun.bytes
 
-        names, begun = self._prefetch(numbers, under_way)
+        if foresee and self._far:
+            stores.same_process()  # what another process has begun does not arrive here
+            names, begun = self._prefetch(numbers, under_way)
+        else:
+            (names, begun), _ = under_way(numbers)
         return list(zip(names, finish(begun, self.threads), strict=True))
 
     def _window(self, name: TileName, slide_mpp: float) -> tuple[float, float, int]:

@@ -138,15 +138,24 @@ def test_a_tile_that_no_memory_holds_is_named(tmp_path, monkeypatch):
         Slide.open(tmp_path / "grey.tiff", mpp=0.5)
 
 
-@pytest.mark.parametrize("kind", ["in order", "gaps", "no order", "holes", "shared"])
+IN_5_BYTES = ("in order", "gaps", "holes", "columns", "backwards", "no order")
+
+
+@pytest.mark.parametrize("kind", [*IN_5_BYTES, "no order, gaps", "shared", "empty"])
 def test_the_map_gives_back_every_place(kind):
     rng = np.random.default_rng(0)
     lengths = rng.integers(3_000, 60_000, 900)
     offsets = 1000 + np.concatenate([[0], np.cumsum(lengths)[:-1]])
     if kind == "gaps":
         offsets += 8 * np.arange(900)
-    elif kind == "no order":
+    elif kind in ("columns", "backwards", "no order"):
+        order = {"columns": np.arange(900).reshape(30, 30).T.ravel(), "backwards": np.arange(900)[::-1]}
+        order = order.get(kind, rng.permutation(900))
+        offsets[order] = 2**33 + np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
+    elif kind == "no order, gaps":
         offsets = rng.permutation(900) * 70_000 + 2**33
+    elif kind == "empty":
+        offsets[:], lengths[:] = 0, 0
     elif kind == "holes":
         lengths[rng.random(900) < 0.3] = 0
         offsets[lengths == 0] = 0
@@ -160,7 +169,7 @@ def test_the_map_gives_back_every_place(kind):
         found = tiles.find(number, range(900))
         assert np.array_equal(found[1], lengths)
         assert np.array_equal(found[0][lengths > 0], offsets[lengths > 0])
-    if kind in ("in order", "gaps", "holes"):
+    if kind in IN_5_BYTES:
         assert one.codes.nbytes + one.anchors.nbytes <= 5 * 900
 
 

@@ -1,12 +1,26 @@
 """One command gives any backbone its row: public tasks, folders, CSVs, and PathoROB's index."""
 
+from functools import partial
+
 import miniatures
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from pathfm import InputError, TileSet, backbones, confounding, evaluation, export, leaderboard, probe, runs, tasks, vit
+from pathfm import (
+    InputError,
+    TileSet,
+    backbones,
+    confounding,
+    evaluation,
+    export,
+    leaderboard,
+    probe,
+    runs,
+    tasks,
+    vit,
+)
 from pathfm.__main__ import main
 from pathfm.features import extract
 from pathfm.tasks import pathorob
@@ -104,6 +118,21 @@ def test_a_public_task_takes_its_clean_split(tmp_path):
         evaluation.labelled(tmp_path / "data", "mhist")
 
 
+@pytest.mark.parametrize("protocol", ["eva-2024", "eva-2026", "logistic", "SimpleShot"])
+def test_other_protocols_report_on_validate_where_the_official_split_does(tmp_path, small, protocol, monkeypatch):
+    if protocol.startswith("eva"):
+        monkeypatch.setitem(evaluation.PROTOCOLS, protocol, partial(probe.eva, name=protocol, max_steps=40))
+    miniatures.mhist(tmp_path / "data")
+    tiles = evaluation.labelled(tmp_path / "data", "mhist", "official", allow_partial=True)
+    row, table = evaluation.evaluate(small, tiles, "mhist", protocol, name="mine")
+    assert (row["part"], row["protocol"], row["task"]) == ("val", protocol, "mhist")
+    assert row["n_tiles"] == (tiles.table["role"] == "validate").sum() and 0 <= row["score"] <= 1
+    assert row["runs"] == (5 if protocol.startswith("eva") else 1) and table["probe"].eq(protocol).all()
+    leaderboard.record([row])
+    board = leaderboard.wide(leaderboard.rows(protocol))
+    assert "mine" in set(board["model"]) and "mhist val" in board
+
+
 def test_pathorob_gets_its_index(tmp_path, small):
     task = miniatures.pathorob(tmp_path, "pathorob_camelyon", slides=4, tiles=4)
     table = tasks.read(task, tmp_path)
@@ -133,4 +162,4 @@ def test_what_cannot_be_evaluated_is_said(tmp_path, small):
     with pytest.raises(InputError, match="gives one vector an image and no patch tokens; take pool='cls'"):
         evaluation.evaluate(flat, tiles, pool="mean", **said)
     row, table = evaluation.evaluate(flat, tiles, **said)
-    assert row["score"] == 1 and "random weights" not in " ".join(table["features"])  # the colour is the class
+    assert row["score"] == 1 and "random weights (cls)" in set(table["features"])  # the colour is the class

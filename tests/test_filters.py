@@ -21,9 +21,10 @@ WHERE = ["slide_id", "mpp", "x", "y"]
 class Painted(TileStream):
     """A stream whose pixels are told by the position: stained in every other column of 32 px, else grey."""
 
-    def _images(self, names) -> list[np.ndarray]:
-        colours = [(200, 120, 190) if name.x // 32 % 2 else (200, 200, 200) for name in names]
-        return [np.full((self.context_px,) * 2 + (3,), colour, np.uint8) for colour in colours]
+    def _read(self, numbers, named, foresee=True) -> list[tuple]:
+        colours = {True: (200, 120, 190), False: (200, 200, 200)}
+        shape = (self.context_px,) * 2 + (3,)
+        return [(name, np.full(shape, colours[name.x // 32 % 2 == 1], np.uint8)) for name in named(numbers)]
 
 
 def test_filtered_positions_are_uniform_over_those_that_pass():

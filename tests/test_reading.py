@@ -155,7 +155,7 @@ def test_open_files_stay_bounded_whatever_the_number_of_slides(mixed, tmp_path, 
     for start in range(0, 96, 8):
         assert len({tile.slide_id for tile in stream.__getitems__(range(start, start + 8))}) == 8
         most = max(most, len(os.listdir("/dev/fd")))
-    assert most <= before + 3 + 2
+    assert most <= before + 3 + 2 * 2  # OpenSlide opens a slide for each thread
 
 
 def test_a_slide_takes_its_own_part_of_the_map_along(mixed):

@@ -131,6 +131,15 @@ def test_a_plain_loader_gives_the_same_batches(workers, twins):
     assert batches[0] == batches[1]
 
 
+def test_a_forked_worker_says_what_to_do_and_waits_for_nothing_begun_elsewhere(twins):
+    stream = TileStream(twins[1], 48, 0.5)
+    for k in range(0, 36, 6):
+        stream.__getitems__(range(k, k + 6))
+    loader = DataLoader(stream, 6, sampler=range(36, 60), num_workers=1, multiprocessing_context="fork", timeout=60)
+    with pytest.raises(InputError, match="multiprocessing_context='forkserver'"):
+        next(iter(loader))
+
+
 @pytest.fixture
 def watched(served, cohort, tmp_path):
     """(server, stream): twelve slides on a server that shows what is asked of it, and does as it is told."""

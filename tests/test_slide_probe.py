@@ -106,8 +106,20 @@ def test_what_bags_say_is_learnt_and_what_they_do_not_say_is_not(bags, head, tmp
     assert coin["low"] < 0.5 < coin["high"]
 
 
+def test_standardised_features_forget_their_scale(bags, tmp_path):
+    """Features 1,000 times as large and far from 0 give the same answers, and the same attention."""
+    shifted = made(tmp_path / "shifted")
+    for file in shifted.files:
+        np.save(file, (1000 * np.load(file) + 50).astype(np.float32))
+    protocol = SlideProtocol(runs=2, epochs=10, patience=10, standardise=True)
+    one, two = (fit(each, protocol=protocol) for each in (bags, shifted))
+    assert np.allclose(one.logits, two.logits, atol=1e-2) and np.allclose(one.attention(3), two.attention(3), atol=1e-3)
+    tiles = np.concatenate([bag for bag, role in zip(bags, bags.slides["role"], strict=True) if role == "probe-train"])
+    assert np.allclose(one.scaling, [tiles.mean(axis=0), tiles.std(axis=0)], atol=1e-5)
+
+
 def test_transmil_learns_a_bag_too(bags):
-    few = SlideProtocol(runs=1, epochs=4, patience=4, batch_size=8, slow_epochs=0)
+    few = SlideProtocol(runs=1, epochs=3, patience=3, batch_size=8, slow_epochs=0)
     assert table([fit(bags, head="transmil", protocol=few)])["auc"].iloc[0] > 0.7
 
 
@@ -142,10 +154,10 @@ def test_auc_is_scikit_learns_and_its_interval_a_plain_bootstraps():
     assert found.value == pytest.approx(np.mean(each)) and found.spread == pytest.approx(np.std(each, ddof=1))
     assert found.n_patients == (15, 15)
     drawn, rng = [], np.random.default_rng(1)
-    for _ in range(400):
+    for _ in range(200):
         rows = np.concatenate([np.flatnonzero(patient == one) for one in rng.choice(30, 30)])
         drawn.append(np.mean([roc_auc_score(truth[rows], one[rows]) for one in score]))
-    assert np.allclose([found.low, found.high], np.quantile(drawn, [0.025, 0.975]), atol=0.03)
+    assert np.allclose([found.low, found.high], np.quantile(drawn, [0.025, 0.975]), atol=0.04)
 
 
 def test_an_auc_of_few_patients_is_not_shown():

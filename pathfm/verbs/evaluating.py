@@ -14,7 +14,9 @@ class Evaluate:
     backbone: str
     data: str
     task: str = setting("folder", "one of `pathfm tasks`, as it unpacks in data; folder is any set of labelled tiles")
-    protocol: str = setting("linear", "linear or kNN; PathoROB's sets have their own")
+    protocol: str = setting(
+        "linear", "linear, kNN, logistic (UNI's), SimpleShot, eva-2024 or eva-2026; PathoROB's sets have their own"
+    )
     split: str = setting("clean", "clean, or official: many official ones stop and report on the same images")
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     patient: str = setting("", "column of a manifest.csv that plays the patient, such as block")

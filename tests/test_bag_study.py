@@ -1,0 +1,71 @@
+"""Slide labels from end to end: the synthetic ones in small, with the oracle as ceiling, and TP53 from its CSV."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from slide_files import tissue_pixels, write_slide
+from test_features import tiny_vit
+
+from pathfm import InputError, SlideIndex, bag_study, bags, export, slide_probe, tasks
+from pathfm.bags import Cut
+from pathfm.slide_probe import SlideProtocol
+
+QUICK = SlideProtocol(runs=1, epochs=2, patience=2)
+
+
+@pytest.fixture
+def slides(tmp_path):
+    """24 slides of 24 patients, six sites, in the names of TCGA."""
+    paths = {}
+    for k in range(24):
+        name = f"TCGA-{'ABCDEF'[k % 6] * 2}-{k:04d}-01Z-00-DX1"
+        paths[name] = write_slide(tmp_path / f"{name}.svs", tissue_pixels(seed=k), 0.5, (1,))
+    return paths
+
+
+def test_sources_are_floors_and_the_pretrained(index, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path))
+    folder = export.export(tiny_vit(), tmp_path / "model")
+    found = list(bag_study.sources(index, folder, Cut(48, 1.0)))
+    assert [one.name for one in found] == ["colour + LBP", "random weights", "pretrained"]
+    assert [one[0].shape[1] for one in found] == [36, 48, 48]
+    assert not np.allclose(found[1][0], found[2][0])
+    assert found[2].provenance["precision"] == "bfloat16"
+
+
+def test_a_row_a_label_and_the_coin_has_no_oracle(cohort, index, tmp_path, monkeypatch):
+    """Four slides: every AUC is nan, and says why."""
+    found = bags.extract("colour", index, Cut(48, 1.0), folder=tmp_path)
+    roles = ["probe-train", "probe-train", "validate", "validate"]
+    labels = pd.DataFrame({"slide_id": found.slides["slide_id"], "role": roles})
+    labels = labels.assign(patient_id=["a", "a", "b", "b"], B0=[0, 1, 0, 1], B1=[0, 1, 0, 1])
+    monkeypatch.setattr(slide_probe, "ROLES", ("probe-train", "validate"))
+    table = bag_study.measure(cohort_with(cohort, labels), [found.of(labels)], ("mean",), ("B0", "B1"), QUICK)
+    assert table[["label", "features"]].to_numpy().tolist() == [["B0", "colour"], ["B1", "oracle"], ["B1", "colour"]]
+    assert table["auc"].isna().all() and table["reason"].str.contains("fewer than 10 of a class").all()
+
+
+def cohort_with(cohort, labels):
+    from pathfm import Cohort
+
+    table = cohort.table.drop(columns=[c for c in labels if c != "slide_id" and c in cohort.table])
+    return Cohort(table.merge(labels, on="slide_id"), "tiny")
+
+
+def test_tp53_goes_from_its_csv_to_a_score_by_fold(slides, tmp_path):
+    """Labels in their CSV, slides in a folder: index, bags, a head a fold, every slide tested once."""
+    label = np.array(tasks.about("tp53").classes or ("mutant", "wild type"))[np.arange(24) // 6]
+    rows = pd.DataFrame({"slide_id": list(slides), "label": label, "cancer_type": "LUAD"})
+    rows.to_csv(tmp_path / "labels.csv", index=False)
+    labelled = tasks.read("tp53", tmp_path / "labels.csv", slides=tmp_path)
+    index = SlideIndex.build(labelled.cohort(), tmp_path / "index", workers=0)
+    found = bags.extract("colour", index, Cut(64, 1.0), folder=tmp_path / "bags")
+    assert len(found) == 24 and {"label", "role", "patient_id"} <= set(found.slides)
+    tested = []
+    for _, fold in labelled.folds(3):
+        one = found.of(fold.table.drop(columns="path"))
+        tested += one.slides.loc[one.slides["role"] == "test", "slide_id"].tolist()
+        assert one.slides.groupby("patient_id")["role"].nunique().max() == 1
+    assert sorted(tested) == sorted(slides)
+    with pytest.raises(InputError, match="the slides of colour have no column 'TP53'"):
+        slide_probe.fit(found, "TP53")

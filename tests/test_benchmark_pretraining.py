@@ -1,0 +1,115 @@
+"""The benchmark of pretraining at toy size: what it counts against closed forms, and that every part of it works."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import dino_peers
+import pretraining
+
+TOY = {**pretraining.TOY, "global_px": 64, "local_px": 32}
+TI = "vit_tiny_patch16_224"
+
+
+def toy(batch=4, **fields):
+    return pretraining.config_of("dino", TI, batch, **{**TOY, **fields})
+
+
+def forward(px: int, depth: int, width: int, patch: int = 16) -> tuple[int, int]:
+    """Operations of a ViT's blocks, and of its patch embedding, on one image."""
+    patches = (px // patch) ** 2
+    n = patches + 1
+    return depth * (2 * 12 * n * width**2 + 2 * 2 * n**2 * width), 2 * patches * 3 * patch**2 * width
+
+
+def test_operations_of_a_step_are_those_of_the_closed_form():
+    """Backward is twice forward, but the images need no gradient; the teacher goes forward on global views only."""
+    config, batch = toy(), 4
+    (whole, stem), (part, small) = forward(64, 2, 32), forward(32, 2, 32)
+    head = 2 * (32 * 32 + 32 * 32 + 32 * 16 + 16 * 64)
+    student = 2 * (3 * whole + 2 * stem) + 2 * (3 * part + 2 * small) + 4 * 3 * head
+    teacher = 2 * (whole + stem + head)
+    assert pretraining.counted(config)["operations"] == batch * (student + teacher)
+
+
+def test_bytes_grow_with_batch_views_and_ranks_as_they_must():
+    one, two, halved = (pretraining.counted(toy(batch), ranks) for batch, ranks in ((4, 1), (8, 1), (8, 2)))
+    model = pretraining.made(toy(), fused=False)
+    learnt = sum(p.numel() for p in model.student.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    assert one["weights"] == 4 * (everything + 3 * learnt)
+    assert two["weights"] == one["weights"] and halved == one
+    assert two["operations"] == 2 * one["operations"]
+    assert 1.9 * one["activations"] < two["activations"] <= 2 * one["activations"]
+    fewer = pretraining.counted(toy(local_views=0))
+    assert fewer["activations"] < one["activations"] and fewer["operations"] < one["operations"]
+
+
+def test_dinov2_is_counted_with_its_masks():
+    config = pretraining.config_of(
+        "dinov2", "vit_large_patch14_reg4_dinov2", 4, **{**TOY, "global_px": 56, "local_px": 28}
+    )
+    need = pretraining.counted(config)
+    without = pretraining.counted(config.replace(mask_ratio=(0.05, 0.1)))
+    assert need["operations"] > without["operations"] > 0
+
+
+@pytest.mark.parametrize("precision, off", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_plain_loop_does_what_ours_does(precision, off):
+    """From the same weights, on the same views, both have the same loss; and both move."""
+    config = toy(drop_path=0.0)
+    torch.manual_seed(0)
+    views, model = pretraining.views_of(config, 16), pretraining.made(config, fused=False)
+    plain, own = (dino_peers.plain(config, False, precision, like=model), dino_peers.ours(config, model, precision))
+    first = [float(step(views)) for step in (plain, own)]
+    assert first[0] == pytest.approx(first[1], rel=off)
+    assert all(float(step(views)) != loss for step, loss in zip((plain, own), first, strict=True))
+
+
+def test_cpu_part_has_a_row_for_each_contender_and_says_how_ours_compares():
+    table, shares = pretraining.cpu([TI], 4, 1, 60, **TOY)
+    ours = table[table["contender"] == "pathfm"].set_index("precision")
+    others = table[table["contender"] != "pathfm"].groupby("precision")["images_per_s"].max()
+    assert set(ours.index) == {"float32", "bfloat16"} and {"authors' loop"} <= set(table["contender"])
+    assert np.allclose(ours["over_best_peer"], ours["images_per_s"] / others[ours.index])
+    assert ours.loc["float32", "over_float32"] == 1
+    assert np.allclose(table["images_per_s"], 4 / table["seconds"]) and table["of_products"].between(0, 1.5).all()
+    assert np.allclose(shares.groupby("precision")["share"].sum(), 1) and "matrix products" in set(shares["kind"])
+
+
+def test_growth_shows_model_crops_and_ranks(style):
+    table = pretraining.growth(8, models=(TI, "vit_small_patch16_224"), measure=1, **TOY)
+    ranks = table[table["axis"] == "ranks"].set_index("ranks")
+    assert (ranks["activations"].diff().dropna() < 0).all() and ranks["weights"].nunique() == 1
+    assert (
+        ranks.loc[[2, 4, 8], "sharded"] < ranks.loc[[2, 4, 8], "weights"] + ranks.loc[[2, 4, 8], "activations"]
+    ).all()
+    assert table["seconds"].notna().sum() >= 2
+    fig = pretraining.growth_figure(table)
+    assert [ax.get_title(loc="left") for ax in fig.axes[:3]] == ["model", "local crops", "ranks"]
+
+
+def test_gpu_part_works_on_a_cpu(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    toy = {**pretraining.TOY, "global_px": 112, "local_px": 112}  # patches of 16 and of 14 divide them
+    table = pretraining.gpu("cpu", 1, ("pathfm", "pathfm, compiled"), **toy)
+    assert table["model"].tolist() == [name for _, name in pretraining.RECIPES for _ in range(2)]
+    assert (table["batch"] == 8).all() and (table["images_per_s"] > 0).all() and table["mfu"].isna().all()
+    assert len(compiled) == 2 * 2 * len(pretraining.RECIPES) * 2  # networks, blocks, models, batches
+
+
+def test_a_run_fed_by_online_patching_says_how_long_it_waits(cohort, monkeypatch):
+    import online_patching
+
+    monkeypatch.setattr(online_patching, "slide_path", lambda side: cohort.table["path"].iloc[0])
+    row = pretraining.fed("cpu", 0, 0, 4, **TOY).iloc[0]
+    assert 0 < row["data_wait"] < 1 and row["one_worker_tiles_per_s"] > 1 and row["images_per_s"] > 0
+    assert row["workers_needed"] == pytest.approx(
+        row["images_per_s"] / (1 - row["data_wait"]) / row["one_worker_tiles_per_s"]
+    )
