@@ -41,7 +41,7 @@ def ours(config: PretrainConfig, model: Dino, precision: str) -> Step:
         model.hold_prototypes(at)
         model.clip()
         optimiser.step()
-        model.follow(outcome, at.momentum)
+        model.follow([outcome], at.momentum)
         return outcome.loss.detach()
 
     return step
