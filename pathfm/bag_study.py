@@ -53,7 +53,7 @@ def oracle(cohort: Cohort, label: str) -> dict:
     score = latents[label].to_numpy(float)[test]
     who = cohort.table["patient_id"].to_numpy(str)[test]
     found = slide_probe.auc(truth, score, who)._asdict()
-    found["auc"] = found.pop("value")
+    found = {"auc": found.pop("value"), **found}
     told = {"n_patients": len(set(who)), "n_slides": len(who), "n_quarantined": 0, "runs": 1}
     return {"label": label, "features": "oracle", "head": "latent", **found, **told}
 

@@ -97,13 +97,16 @@ def curve(
 
 
 def panel(ax: Axes, table: pd.DataFrame, chance: float | None = None) -> Axes:
-    """Score over effective mpp with its interval, a line a set of features of `curve`s put together.
+    """Score over effective mpp with its interval, a line a set of features; dashed where one scale was trained at.
+
+    table   of one `curve` or of several put together, each with its own name
 
     Where the effective mpp is not known (floors see the tile as it is), that of the tile stands for it.
     """
     for name, rows in table.groupby("features", sort=False):
         mpp = rows["mpp"].astype(float).fillna(rows["tile_mpp"])
-        ax.plot(mpp, rows["balanced_accuracy"], "o-", ms=4, color=method_colour(name), label=name)
+        style = "o--" if rows["trained_at"].nunique() < len(rows) else "o-"
+        ax.plot(mpp, rows["balanced_accuracy"], style, ms=4, color=method_colour(name), label=name)
         ax.fill_between(mpp, rows["low"], rows["high"], color=method_colour(name), alpha=0.15, lw=0)
     if chance is not None:
         ax.axhline(chance, color="0.6", lw=0.9, ls="--")

@@ -69,7 +69,7 @@ def test_every_import_is_listed():
                 used |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
                 used.add(node.module.split(".")[0])
-    local = {"pathfm", "conftest"} | {p.stem for p in ROOT.glob("tests/*.py")}
+    local = {"pathfm", "conftest"} | {p.stem for folder in ("tests", "benchmarks") for p in ROOT.glob(f"{folder}/*.py")}
     outside = used - set(sys.stdlib_module_names) - local
     listed = {canonicalize_name(r.name) for r in LISTED}
     unlisted = {m for m in outside if not {canonicalize_name(d) for d in distributions.get(m, [m])} & listed}

@@ -106,13 +106,14 @@ def test_the_panel_states_the_effective_mpp(style):
     told = {"balanced_accuracy": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7], "tile_mpp": [0.5, 1.0]}
     table = pd.concat(
         [
-            pd.DataFrame(told | {"features": "pretrained", "mpp": [1.0, 2.0]}),
-            pd.DataFrame(told | {"features": "colour histogram", "mpp": [None, None]}),
+            pd.DataFrame(told | {"features": "pretrained", "mpp": [1.0, 2.0], "trained_at": 0.5}),
+            pd.DataFrame(told | {"features": "colour histogram", "mpp": [None, None], "trained_at": [0.5, 1.0]}),
         ]
     )
     ax = magnification.panel(plt.figure().subplots(), table, chance=0.125)
     lines = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
     assert lines["pretrained"] == [1, 2] and lines["colour histogram"] == [0.5, 1]
+    assert [line.get_linestyle() for line in ax.lines[:2]] == ["--", "-"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0.5", "1", "2"]
 
 
