@@ -1,15 +1,18 @@
 """Two processes, or parts of a batch one after the other, are one process with the same global batch."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import processes
 import pytest
-import torch
 from structured_tiles import StructuredTiles
 from test_dinov2 import TINY as TINY_V2
 from test_pretrain import TINY
 
-from pathfm import checkpoint, training
+import pathfm
+from pathfm import checkpoint, logbook, training
 from pathfm.augment import Views
 from pathfm.config import make_config
 from pathfm.dino import Dino
@@ -48,19 +51,18 @@ def train(fields: dict, folder: Path, exact: bool = True) -> None:
     pretrain(config, StructuredTiles(config.tile_px), StructuredTiles(config.tile_px, seed=1), folder)
 
 
-def assert_same(folder: Path, wanted: Path) -> None:
-    """Of two runs: every number of the log to 1e-5, and all weights, moments and centres to 1e-5 of their size."""
-    log, want = (Run(of).log.drop(columns=["tiles_per_s", "data_wait", "seconds"]) for of in (folder, wanted))
+def assert_same(folder: Path, wanted: Path, but: tuple[str, ...] = ()) -> None:
+    """Of two runs: every number of log.csv `but` some to 1e-5, and all weights, moments and centres to 1e-5 of their
+    size."""
+    log, want = (logbook.read(of / "log.csv").drop(columns=list(but), errors="ignore") for of in (folder, wanted))
     assert list(log) == list(want) and len(log) == len(want)
     assert ((log - want).abs() <= 1e-5 * want.abs().clip(lower=1)).all().all()
-    tensors, state = checkpoint.newest(folder)[1:]
-    expected, _ = checkpoint.newest(wanted)[1:]
+    tensors, expected = (checkpoint.newest(of)[1] for of in (folder, wanted))
     assert set(tensors) == set(expected)
     for name, value in expected.items():
-        close = torch.allclose(
-            tensors[name].double(), value.double(), rtol=1e-5, atol=1e-5 * float(value.double().norm()) + 1e-12
-        )
-        assert close, name
+        # A bias before BatchNorm has no gradient but rounding, which AdamW moves it by a little.
+        least = 1e-12 if name.startswith("optimiser/") else 1e-7
+        assert (tensors[name].double() - value).norm() <= 1e-5 * value.double().norm() + least, name
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +105,23 @@ APART = {"koleo": 0.0, "kde": 0.0, "head_norm": False}
 
 @pytest.mark.parametrize("fields, ranks, parts", [(DINO, 1, 4), (CENTRE, 2, 2)], ids=["dino", "two-ranks"])
 def test_a_batch_in_parts_is_the_batch(fields, ranks, parts, one, tmp_path):
-    """Drops, masks, colours and centres included; the entropy of a mean, for the log, is that of a part's."""
+    """Drops, masks, colours and centres included; entropies in the log are means over parts."""
     fields = {name: value for name, value in {**fields, **APART}.items() if name != "kde" or "kde" in fields}
     assert processes.on_ranks(ranks, train, {**fields, "accumulate": parts}, tmp_path) == [0] * ranks
-    wanted = one(fields)
-    for folder in (tmp_path, wanted):
-        lines = Run(folder).log.drop(columns="prototype_entropy").to_csv(index=False)
-        (folder / "log.csv").write_text(lines)
-    assert_same(tmp_path, wanted)
+    assert_same(tmp_path, one(fields), but=("prototype_entropy", "patch_entropy"))
+
+
+def test_torchrun_trains_from_a_shell(cohort, tmp_path):
+    """Rank 0 alone prints and writes."""
+    cohort.table.to_csv(tmp_path / "cohort.csv", index=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pathfm", "pretrain"]
+    told = ["cohort.csv", "run", "--recipe", "smoke", "--steps", "2", "--watch-every", "0", "--local-views", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATHFM_CACHE": str(tmp_path / "cache"),
+                   "PYTHONPATH": str(Path(pathfm.__file__).parents[1])}  # fmt: skip
+
+    command = [sys.executable, *launcher, *told, "--batch-size", "4"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines().count("run/teacher") == 1
+    assert Run(tmp_path / "run").log["step"].tolist() == [1, 2]
+    assert Run(tmp_path / "run").params["sessions"][0]["ranks"] == 2

@@ -49,7 +49,9 @@ def of_tiles(batch: Views, tiles: slice) -> Views:
 def a_step(centring: str, tiles: slice) -> dict[str, torch.Tensor]:
     """Loss, gradients and centres of DINOv2 on some of four tiles, whose views and masks all ranks draw alike."""
     model = made(centring=centring, drop_path=0.0, koleo=0.1, kde=0.2)
-    outcome = model(of_tiles(views(model), tiles), schedule(model.config, 5))
+    with ranks.apart():
+        drawn = views(model)
+    outcome = model(of_tiles(drawn, tiles), schedule(model.config, 5))
     outcome.loss.backward()
     model.follow([outcome], 0.9)
     named = model.student.named_parameters()

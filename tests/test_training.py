@@ -43,11 +43,16 @@ def test_blocks_computed_again_have_equal_gradients(make, tmp_path, monkeypatch)
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_have_equal_gradients(tmp_path):
-    fields = {"depth": 1, "drop_path": 0.0, "local_views": 1}
+    fields = {
+        "depth": 1,
+        "drop_path": 0.0,
+        "local_views": 1,
+        "head_norm": False,
+    }  # before which biases have no gradient
     plain, compiled = (gradients(tiny(**fields, compile=on), tmp_path) for on in (False, True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for name, want in plain.items():
-        assert (compiled[name] - want).norm() <= 1e-4 * want.norm() + 1e-7, name
+        assert (compiled[name] - want).norm() <= 1e-4 * want.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("local_px, passes", [(16, [8, 8]), (32, [16])])
