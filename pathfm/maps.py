@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from skimage.segmentation import find_boundaries
@@ -15,6 +18,7 @@ from pathfm.segment import Segmented
 from pathfm.slide_probe import Fitted
 
 COLOURS = ("#000000", "#E69F00", "#332288", "#D55E00", "#009E73", "#888888")  # of types; the background has none
+TINT = "inferno"  # of attention
 
 
 def attention(ax: Axes, index: SlideIndex, fitted: Fitted, slide_id: str) -> Axes:
@@ -26,6 +30,8 @@ def attention(ax: Axes, index: SlideIndex, fitted: Fitted, slide_id: str) -> Axe
     corners = names[["x", "y"]].to_numpy(float) * slide["mpp"] / um_per_px
     side = fitted.bags.provenance["tile_px"] * names["mpp"].to_numpy() / um_per_px
     figures.image(ax, tinted(picture, corners, side, ranks(fitted.attention(row))), um_per_px, slide_id)
+    scale = ax.figure.colorbar(ScalarMappable(cmap=TINT), ax=ax, orientation="horizontal", shrink=0.5, aspect=30)
+    scale.set_ticks([0, 1], labels=["least", "most attention"], fontsize=7)
     return ax
 
 
@@ -38,7 +44,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 def tinted(picture: np.ndarray, corners: np.ndarray, side: np.ndarray, values: np.ndarray, alpha: float = 0.55):
     """The picture (h, w, 3) uint8 under squares of colour: corners (n, 2) x, y and side (n,) in its pixels."""
     found = picture.astype(float)
-    colours = 255 * colormaps["inferno"](values)[:, :3]
+    colours = 255 * colormaps[TINT](values)[:, :3]
     for (x, y), length, colour in zip(corners, side, colours, strict=True):
         place = slice(round(y), round(y + length)), slice(round(x), round(x + length))
         found[place] = (1 - alpha) * picture[place] + alpha * colour
@@ -55,7 +61,7 @@ def predicted_nuclei(found: Segmented, n: int = 4) -> Figure:
     fig, axes = plt.subplots(3, n, figsize=(1.7 * n, 5.6), squeeze=False)
     for column, axis in enumerate(axes.T):
         table = found.images.table.iloc[found.reported.row[some[column]]]
-        figures.image(axis[0], images[column], _um_per_px(found, table), str(table["file"])[:24])
+        figures.image(axis[0], images[column], _um_per_px(found, table), Path(str(table["file"])).stem[:24])
         for ax, types in zip(axis[1:], (truth[column], said[column]), strict=True):
             figures.image(ax, outlined(images[column], types))
         axis[2].set_title(f"{(said[column] == truth[column]).mean():.0%} of the pixels right", fontsize=7)
@@ -64,9 +70,7 @@ def predicted_nuclei(found: Segmented, n: int = 4) -> Figure:
     handles = [
         plt.Line2D([], [], color=c, label=k) for c, k in zip(COLOURS[1:], found.images.classes[1:], strict=False)
     ]
-    fig.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.08), ncols=len(handles), fontsize=7, frameon=False
-    )
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False)
     return fig
 
 

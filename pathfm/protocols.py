@@ -33,7 +33,9 @@ class Protocol:
     every       epochs between looks
     min_delta   by how much a score must be better to count for the patience; not for which head is kept
     shots       images a class that a run draws from train and keeps; 0 takes all
-    one_start   every run starts from the same head, as deep copies of one model do
+    one_start   every run starts from the same head, as deep copies of one model do. In eva 0.4.5 a head is built when
+                the model is configured: `eva fit` copies first, so that each run has its own; `eva predict_fit` has
+                configured it for predicting, and all runs share one (`replace(found, one_start=True)`)
     """
 
     name: str
