@@ -202,7 +202,8 @@ def _local(workers: int) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         # A job whose worker dies is at once a suspect: here no machine is taken away from below a worker.
         stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 0}))
-        quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+        # At a port of its own choice: a usual one that is taken already would be warned of.
+        quiet = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
         cluster = stack.enter_context(LocalCluster(n_workers=0, host="127.0.0.1", **quiet))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pathfm-workers-", ignore_cleanup_errors=True))
         command = [sys.executable, "-m", *START, "--local-directory", folder, cluster.scheduler_address]

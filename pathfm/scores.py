@@ -139,6 +139,18 @@ def share_closed(
     return Interval(value, *_quantiles(drawn))
 
 
+def contrasts(by_features: dict[str, list[Prediction]], against: Sequence[str]) -> pd.DataFrame:
+    """A row a paired difference of "teacher" minus each of `against`, and one for its share of the way to "oracle".
+
+    by_features   name -> answers, one a pretraining seed; "random weights" is where the way begins
+    """
+    teacher = by_features["teacher"]
+    rows = [{"contrast": f"teacher minus {one}", **paired(teacher, by_features[one])._asdict()} for one in against]
+    share = share_closed(teacher, by_features["random weights"], by_features["oracle"][0])
+    rows.append({"contrast": "share of the way from random weights to oracle", **share._asdict()})
+    return pd.DataFrame(rows).convert_dtypes()
+
+
 def verdict(low: float, high: float, n: int | None, margin: float = MARGIN) -> str:
     """What an interval of a difference allows: the first of these that holds.
 

@@ -12,7 +12,7 @@ from pathfm import probe
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import Features
-from pathfm.scores import Prediction, interval, of_centres, paired, scores, share_closed, verdict
+from pathfm.scores import Prediction, contrasts, interval, of_centres, paired, scores, share_closed, verdict
 
 
 def tile_table(label, patient=None, centre=None) -> pd.DataFrame:
@@ -266,6 +266,11 @@ def test_the_share_of_the_way_to_the_oracle():
     halfway = share_closed([two_centres("xyxx")], [start], oracle)
     assert halfway.value == pytest.approx(0.5)
     assert share_closed([oracle], [start], oracle)[:3] == (1, 1, 1)
+    teacher = [two_centres("xyxx")]
+    told = contrasts({"teacher": teacher, "random weights": [start], "oracle": [oracle]}, ["random weights", "oracle"])
+    for row, one in zip(told.itertuples(), (start, oracle), strict=False):
+        assert (row.value, row.low, row.high) == paired(teacher, [one])[:3]
+    assert told["value"].iloc[-1] == halfway.value and told["contrast"].iloc[-1].startswith("share of the way")
     assert share_closed([start], [start], oracle)[:3] == (0, 0, 0)
 
 
