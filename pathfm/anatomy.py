@@ -194,7 +194,10 @@ def compared(runs: dict[str, object]) -> pd.DataFrame:
 
 
 def collapse_table(runs: dict[str, object]) -> pd.DataFrame:
-    """A row a run: the last look at its teacher as shares of ln K and of the first look, and the watch's verdict."""
+    """A row a run: the last look at its teacher as shares of ln K and of the first look, and the watch's verdict.
+
+    What an answer tells of its tile is the entropy of the mean answer less that of one.
+    """
     rows = {}
     for name, run in runs.items():
         looks, most = run.watches, np.log(run.config.prototypes)
@@ -203,6 +206,7 @@ def collapse_table(runs: dict[str, object]) -> pd.DataFrame:
         rows[name] = {
             "entropy, one tile": last["teacher_entropy"] / most,
             "entropy, mean": last["prototype_entropy"] / most,
+            "told": (last["prototype_entropy"] - last["teacher_entropy"]) / most,
             "spread / first": last["spread"] / first["spread"],
             "RankMe / first": last["rankme"] / first["rankme"],
             "verdict": said.split(": ")[1].split(" (")[0] if said else "healthy",
@@ -214,10 +218,11 @@ def collapse_figure(
     runs: dict[str, object], what: Sequence[str] = ("teacher_entropy", "prototype_entropy", "spread")
 ) -> Figure:
     """The watches of several runs, a panel each."""
-    fig, axes = plt.subplots(1, len(what), figsize=(6.5, 2.2))
+    fig, axes = plt.subplots(1, len(what), figsize=(6.5, 2.5))
     for ax, name in zip(axes, what, strict=True):
         for label, run in runs.items():
             ax.plot(run.watches["step"], run.watches[name], marker="o", ms=3, label=label)
-        ax.set(title=name.replace("_", " "), xlabel="step", yscale="log" if name == "spread" else "linear")
-    axes[0].legend(fontsize=6)
+        unit = "" if name == "spread" else ", nats"
+        ax.set(title=name.replace("_", " ") + unit, xlabel="step", ylim=(0, None))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     return fig

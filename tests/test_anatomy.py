@@ -87,7 +87,7 @@ def run(spread: float, teacher: float, prototype: float):
 
 
 def test_tables_of_runs_say_what_the_watches_saw(style):
-    runs = {"fine": run(0.4, 1.0, 2.0), "one answer": run(0.01, 0.0, 0.0), "alike": run(0.01, 2.0, 2.0)}
+    runs = {"fine": run(0.4, 1.0, 2.0), "one answer": run(0.01, 0.0, 0.0), "alike": run(0.01, 2.0, 3.0)}
     table = anatomy.collapse_table(runs)
     assert table["verdict"].tolist() == [
         "healthy", "it gives every tile the same answer", "its features of all tiles are alike",
