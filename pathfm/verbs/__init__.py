@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": evaluating.Evaluate,
     "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
+    "methods": study.Methods,
     "slide-labels": study.SlideLabels,
     "export": study.Export,
 }

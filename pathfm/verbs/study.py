@@ -93,6 +93,20 @@ class Instrument:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """DINO against DINOv2 on the cohort study: trains every arm, goes on where stopped; writes results/methods.csv"""
+
+    seeds: list[int] = field(metadata={"nargs": "+", "type": int, "help": "of pretraining"})
+    workers: int = setting(1, "runs at a time, one thread each")
+
+    def __call__(self) -> None:
+        from pathfm import method_study
+
+        shown = ["arm", "seed", "when", "mpp", "new_centres", "centre_identity", "slide_dependence"]
+        print(method_study.record(self.seeds, self.workers)[shown].round(3).to_string(index=False))
+
+
+@dataclass(frozen=True)
 class Export:
     """write the teacher or student of a finished run as a folder that timm loads, with its model card"""
 

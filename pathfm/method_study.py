@@ -1,0 +1,165 @@
+"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv and methods_answers.csv hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from pathfm import answers, confounding, export, magnification, panels, scores, study
+from pathfm.benchmarks import TileSet
+from pathfm.features import Features, extract, pools, random_twin
+from pathfm.pretrain import Run
+from pathfm.probe import linear
+from pathfm.runs import notebooks_dir, stamp, write_results
+from pathfm.scores import Prediction
+
+COHORT = "study"
+MPPS = (0.25, 0.5, 1.0, 2.0)  # of the test tiles
+STEPS = 1200
+# Arm -> recipe and steps. The last does the matrix products of DINO's STEPS: tests/test_method_study.py counts both.
+ARMS = {
+    "DINO": ("demo", STEPS),
+    "DINOv2": ("dinov2-demo", STEPS),
+    "DINOv2, DINO's FLOPs": ("dinov2-demo", STEPS),
+}
+# Written before any run on `study`.
+QUESTION = "Does DINOv2 know more of tissue classes than DINO, on centres that neither saw?"
+PRIMARY = (
+    "balanced accuracy on the test tiles at 0.5 um/px of the two centres without any pretraining slide, DINOv2 minus "
+    "DINO at as many tiles, paired by tile, bootstrap by patient crossed with three pretraining seeds; the same at as "
+    "many FLOPs stands beside it; two points apart count as equal"
+)
+PRIMARY_MPP = 0.5
+START = "start"
+
+
+def trained(arm: str, seed: int) -> Run:
+    """The run of one arm in runs/methods, which goes on where it was stopped."""
+    recipe, steps = ARMS[arm]
+    folder = notebooks_dir().parent / "runs" / "methods" / f"{'-'.join(arm.replace(',', '').split())}-{seed}"
+    return study.pretrained(study.cohort(COHORT), study.config(recipe, steps=steps, seed=seed), folder=str(folder))
+
+
+def judged(run: Run, arm: str, sets: dict[float, TileSet], fresh: Sequence[str]) -> Iterator[tuple[dict, Prediction]]:
+    """A row and the answers for the run's start (the same network at random weights) and its teacher, at every mpp.
+
+    sets   of `magnification.recut`: the same sites at each mpp
+    fresh  centres without any pretraining slide: what `new_centres` is scored on
+
+    The probe is fitted anew at each mpp, on the pooling that validates best; what the features know of centres and
+    slides (`confounding.of`) is asked of that pooling, on the test tiles of all centres.
+    """
+    teacher, preprocess = export.load(run.teacher)
+    seed = run.config.seed
+    for when, model in ((START, random_twin(teacher, seed)), ("end", teacher)):
+        for mpp, tiles in sets.items():
+            features, fit = _best_pool(pools(extract(model, tiles, preprocess, "both")), seed)
+            answer = replace(fit, name=f"{START if when == START else arm} at {mpp:g}")
+            new = scores.of_centres([answer], fresh)[0]
+            known = confounding.of(features)
+            known.pop("why")
+            yield (
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "when": when,
+                    "mpp": mpp,
+                    "effective_mpp": features.provenance["effective_mpp"],
+                    "pool": features.provenance["pool"],
+                    "validation": fit.settings["validate"],
+                    "new_centres": new.balanced_accuracy,
+                    "all_centres": answer.balanced_accuracy,
+                    **known,
+                    "n_tiles": len(new.table),
+                },
+                answer,
+            )
+
+
+def _best_pool(found: list[Features], seed: int) -> tuple[Features, Prediction]:
+    fits = [linear(features, seed) for features in found]
+    best = max(range(len(fits)), key=lambda k: fits[k].settings["validate"])
+    return found[best], fits[best]
+
+
+def point(arm: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trains one arm with one seed and judges it: its rows, and its answers."""
+    torch.set_num_threads(1)
+    slides = study.cohort(COHORT)
+    run = trained(arm, seed)
+    sets = magnification.recut(study.tiles(slides), slides, MPPS)
+    rows, said = zip(*judged(run, arm, sets, study.new_centres(slides)), strict=True)
+    log = run.log
+    spent = {"steps": run.config.steps, "tiles_seen": run.config.steps * run.config.batch_size}
+    spent |= {"loss_first": log["loss"].iloc[0], "loss_last": log["loss"].iloc[-1]}
+    return pd.DataFrame(rows).assign(**spent, **stamp()), answers.table(said)
+
+
+def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1) -> pd.DataFrame:
+    """Runs every arm with every seed, `workers` at a time, one thread each; writes the two files of results/."""
+    study.tiles(study.cohort(COHORT))  # drawn once, before the workers want them
+    points = [(arm, seed) for seed in seeds for arm in ARMS]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        found = list(pool.map(point, *zip(*points, strict=True)))
+    table = pd.concat([rows for rows, _ in found], ignore_index=True)
+    path = write_results("methods", table)
+    answers.write_table(path.with_name("methods_answers.csv"), together([wide for _, wide in found]))
+    return table
+
+
+def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Answers of all points side by side; the starts of arms with one seed are the same network, and kept once."""
+    whole = wides[0]
+    for other in wides[1:]:
+        whole = whole.join(other.drop(columns=[name for name in other if name in whole]))
+    return whole
+
+
+def contrasts(said: dict[str, list[Prediction]], fresh: Sequence[str]) -> pd.DataFrame:
+    """A row a contrast and mpp of the test tiles: gain of each arm over its start, and each arm against DINO.
+
+    said   of `study.recorded_answers("methods")`
+    fresh  centres that are scored
+    """
+    said = {name: scores.of_centres(runs, fresh) for name, runs in said.items()}
+    rows = []
+    for mpp in MPPS:
+        for arm in ARMS:
+            for other in (START, *(["DINO"] if arm != "DINO" else [])):
+                found = scores.paired(said[f"{arm} at {mpp:g}"], said[f"{other} at {mpp:g}"])
+                rows.append({"contrast": f"{arm} minus {other}", "mpp": mpp, **found._asdict()})
+    return pd.DataFrame(rows)
+
+
+def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Gains over the start at every mpp with their intervals, and what the features know of centres before and after.
+
+    table  of results/methods.csv;  found  of `contrasts`
+    """
+    fig, axes = plt.subplots(1, 4, figsize=(6.9, 2.6), width_ratios=(2, 1, 1, 1))
+    colours = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for k, (arm, colour) in enumerate(colours.items()):
+        rows = found[found["contrast"] == f"{arm} minus {START}"]
+        at = np.arange(len(rows)) + 0.18 * (k - 1)
+        error = 100 * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
+        axes[0].errorbar(at, 100 * rows["value"], error, fmt="o", ms=4, color=colour, label=arm)
+    axes[0].set_xticks(range(len(MPPS)), [f"{mpp:g}" for mpp in MPPS])
+    axes[0].set(xlabel="µm per pixel of the test tiles", ylabel="points over the start", ylim=(0, None))
+    at = table[table["mpp"] == PRIMARY_MPP]
+    for ax, column in zip(axes[1:], ("centre_identity", "slide_dependence", "robustness_index"), strict=True):
+        for arm, colour in colours.items():
+            for _, run in at[at["arm"] == arm].groupby("seed"):
+                ax.plot([0, 1], run.set_index("when").loc[[START, "end"], column], "o-", ms=3, color=colour, alpha=0.7)
+        ax.set(title=column.replace("_", "\n"), xlim=(-0.3, 1.3))
+        ax.set_xticks([0, 1], [START, "end"])
+    panels.level(axes[1], y=float(at["centre_chance"].iloc[0]))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS))
+    return fig
