@@ -20,7 +20,7 @@ PUBLISHED = ["dino-vitb16", "dino-vitb8", "dino-vits16", "dino-vits8", "dinov2-v
 
 
 def test_the_recipes_are_there():
-    assert {*PUBLISHED, "smoke", "demo", "dinov2-smoke", "midnight-vitg14-highres"} == set(RECIPES)
+    assert {*PUBLISHED, "smoke", "demo", "dinov2-smoke", "dinov2-demo", "midnight-vitg14-highres"} == set(RECIPES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
