@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 
 from pathfm import answers, confounding, export, magnification, panels, scores, study
 from pathfm.benchmarks import TileSet
+from pathfm.cohort import Cohort
 from pathfm.features import Features, extract, pools, random_twin
 from pathfm.pretrain import Run
 from pathfm.probe import linear
 from pathfm.runs import notebooks_dir, stamp, write_results
 from pathfm.scores import Prediction
+from pathfm.synthetic import cohorts
 
 COHORT = "study"
 MPPS = (0.25, 0.5, 1.0, 2.0)  # of the test tiles
@@ -123,13 +125,15 @@ def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return whole
 
 
-def contrasts(said: dict[str, list[Prediction]], fresh: Sequence[str]) -> pd.DataFrame:
-    """A row a contrast and mpp of the test tiles: gain of each arm over its start, and each arm against DINO.
+def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
+    """A row a contrast and mpp of the test tiles, on centres without any pretraining slide.
+
+    The gain of each arm over its start, and each arm against DINO.
 
     said   of `study.recorded_answers("methods")`
-    fresh  centres that are scored
     """
-    said = {name: scores.of_centres(runs, fresh) for name, runs in said.items()}
+    design = Cohort(cohorts.table(cohorts.specs(COHORT)), COHORT)  # known without drawing a slide
+    said = {name: scores.of_centres(runs, study.new_centres(design)) for name, runs in said.items()}
     rows = []
     for mpp in MPPS:
         for arm in ARMS:
