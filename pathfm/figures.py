@@ -44,6 +44,7 @@ METHOD_COLOURS = {
     "pretrained": "#0072B2",
     "teacher": "#0072B2",  # of a recorded run
     "oracle": "#009E73",
+    "released": "#6A3D9A",
 }
 PALETTE = {**CLASS_COLOURS, **METHOD_COLOURS}
 MPP_COLOURS = {0.25: "#0072B2", 0.5: "#009E73", 1.0: "#E69F00", 2.0: "#D55E00"}

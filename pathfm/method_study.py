@@ -143,6 +143,12 @@ def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def known(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the seeds at PRIMARY_MPP, a row an arm and when: score, and what features know of centre and slide."""
+    columns = ["new_centres", "robustness_index", "centre_identity", "centre_chance", "slide_dependence"]
+    return table[table["mpp"] == PRIMARY_MPP].groupby(["arm", "when"], sort=False)[columns].mean()
+
+
 def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Gains over the start at every mpp with their intervals, and what the features know of centres before and after.
 
