@@ -1,4 +1,4 @@
-"""The row of any backbone: a public task or any labelled tiles, one protocol, floors beside it."""
+"""The row of any backbone on a public task or on any labelled tiles, masks or slides; floors beside it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from pathfm import backbones, confounding, leaderboard, probe, protocols, scores, tasks
-from pathfm.benchmarks import TileSet
+from pathfm import backbones, bags, confounding, leaderboard, probe, protocols, scores, segment, slide_probe, tasks
+from pathfm.bags import Cut
+from pathfm.benchmarks import TileSet, patients
 from pathfm.errors import InputError, nearest
 from pathfm.features import Features, extract, random_twin
+from pathfm.index import SlideIndex
 from pathfm.scores import Prediction
+from pathfm.segment import SegmentationProtocol
+from pathfm.segmentation import of_images
+from pathfm.slide_probe import SlideProtocol
 from pathfm.tasks import pathorob
+from pathfm.tasks.nuclei import NucleiSet
+from pathfm.tasks.slides import SlideSet
 
 # By the name that their predictions bear.
 PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {
@@ -27,7 +35,12 @@ PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {
 }
 ON_TEST = ("linear", "kNN")  # these choose on validate; eva's report on it where there is no test
 ROBUSTNESS = "pathorob-2025"
-READ_BY = {"segmentation": "pathfm.tasks.read gives masks to a decoder", "slides": "pathfm.tasks.read gives slides"}
+EVA = "eva-2026"  # of masks and slides there is no other
+READ_BY = {"segmentation": "`masks` scores it", "slides": "`slide_labels` scores it"}
+SLIDE_PX = 224  # of the tiles that a slide is cut into; eva's
+SLIDE_TILES = {"camelyon16_small": 1000, "panda_small": 200}  # a slide at most; eva's
+SLIDE_MPP = 0.5  # where a task does not say; ours
+SLIDE_FLOOR = "colour+lbp"
 
 
 class Evaluated(NamedTuple):
@@ -92,6 +105,94 @@ def evaluate(
     role = answers.settings.get("reported on", "test")
     table = confounding.beside(scores.scores([answers, *floors]), [features], role)
     return Evaluated(row | {"note": f"{row['note']}; pool {pool}"}, table)
+
+
+def masks(
+    backbone: str | Path,
+    images: NucleiSet,
+    task: str = "",
+    protocol: SegmentationProtocol | None = None,
+    pretrained_on: str = "not stated",
+    name: str = "",
+    **how,
+) -> Evaluated:
+    """The row of a backbone on images with masks: Dice of eva's decoder, and the gain over random weights.
+
+    images    as `tasks.read` gives them; those without roles are split by patient, by image where none is known
+    protocol  None: eva's of the task; see `segment.fit`. `input_px`, where it is given, replaces its own
+    others as in `evaluate`
+    """
+    model, preprocess = backbones.load(backbone, **how)
+    protocol = protocol or segment.EVA.get(task, SegmentationProtocol())
+    protocol = replace(protocol, input_px=how.get("input_px") or protocol.input_px)
+    if "role" not in images.table:
+        images = images.split("tile" if patients(images.table) is None else "patient")
+    name = name or Path(str(backbone)).name
+    own = segment.fit(model, images, protocol, preprocess, name)
+    floor = segment.fit(random_twin(model), images, protocol, preprocess, "random weights")
+    dice, gain = own.interval(), own.gain(floor)
+    each = [np.nanmean(of_images(run)) for run in own.each]
+    row = {
+        "model": name,
+        "pretrained_on": pretrained_on,
+        "task": task or images.name,
+        "part": leaderboard.PART[own.role],
+        "metric": "Dice",
+        **{"score": dice.value, "low": dice.low, "high": dice.high, "runs": len(each)},
+        "spread": np.std(each, ddof=1) if len(each) > 1 else np.nan,
+        "protocol": EVA,
+        "n_tiles": len(np.unique(own.reported.row)),
+        "n_patients": gain.n_patients,
+        "best_floor": floor.name,
+        **{"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "verdict": gain.verdict},
+        "note": f"decoder of {protocol.decoder}",
+    }
+    return Evaluated(row, pd.concat([own.summary(), floor.summary()], ignore_index=True))
+
+
+def slide_labels(
+    backbone: str | Path,
+    slides: SlideSet,
+    task: str = "",
+    head: str = "abmil",
+    protocol: SlideProtocol | None = None,
+    pool: str = "cls",
+    pretrained_on: str = "not stated",
+    name: str = "",
+    **how,
+) -> Evaluated:
+    """The row of a backbone on slides with labels: balanced accuracy of heads on bags of its features.
+
+    slides    with roles and paths, as `tasks.read` gives them
+    head      of `mil.HEADS`
+    protocol  None: eva's, twenty runs
+    others as in `evaluate`
+
+    Floors are the same head on bags of colour and texture (standardised, or it would hardly be trained) and of
+    random weights. The table has the AUC beside it where there are two classes.
+    """
+    model, preprocess = backbones.load(backbone, **how)
+    protocol, name = protocol or SlideProtocol(), name or Path(str(backbone)).name
+    index = SlideIndex.build(slides.cohort())
+    cut = Cut(SLIDE_PX, slides.mpp or SLIDE_MPP, most=SLIDE_TILES.get(task, 0))
+    found = {
+        name: bags.extract(model, index, cut, preprocess, pool, name),
+        "random weights": bags.extract(random_twin(model), index, cut, preprocess, pool, "random weights"),
+        "colour + LBP": bags.extract(SLIDE_FLOOR, index, cut, name="colour + LBP"),
+    }
+    fits = {
+        one: slide_probe.fit(
+            bag, "label", head, replace(protocol, standardise=True) if one == "colour + LBP" else protocol
+        )
+        for one, bag in found.items()
+    }
+    own, *floors = [replace(fit.answer(), floor=one != name) for one, fit in fits.items()]
+    own, *floors = [replace(one, probe=EVA) for one in (own, *floors)]
+    row = leaderboard.row_of([own], name, pretrained_on, task or slides.name, floors)
+    table = scores.scores([own, *floors])
+    if len(slides.classes) == 2:
+        table = table.assign(auc=slide_probe.table(fits.values())["auc"].to_numpy())
+    return Evaluated(row | {"note": f"{row['note']}; {head}; pool {pool}"}, table)
 
 
 def robustness(

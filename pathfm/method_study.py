@@ -1,4 +1,4 @@
-"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv and methods_answers.csv hold."""
+"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv and methods_arms.csv hold."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1) -> pd.DataFrame:
         found = list(pool.map(point, *zip(*points, strict=True)))
     table = pd.concat([rows for rows, _ in found], ignore_index=True)
     path = write_results("methods", table)
-    answers.write_table(path.with_name("methods_answers.csv"), together([wide for _, wide in found]))
+    answers.write_table(path.with_name("methods_arms.csv"), together([wide for _, wide in found]))
     return table
 
 
@@ -130,7 +130,7 @@ def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
 
     The gain of each arm over its start, and each arm against DINO.
 
-    said   of `study.recorded_answers("methods")`
+    said   of `study.recorded_answers("methods", "arms")`
     """
     design = Cohort(cohorts.table(cohorts.specs(COHORT)), COHORT)  # known without drawing a slide
     said = {name: scores.of_centres(runs, study.new_centres(design)) for name, runs in said.items()}

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from pathfm import export
 from pathfm.benchmarks import patients
 from pathfm.errors import InputError, nearest
-from pathfm.scores import RESAMPLES, Interval
+from pathfm.scores import RESAMPLES, Difference, Interval, verdict
 from pathfm.segmentation import DECODERS, dice, dice_loss, of_images
 from pathfm.storage import progress
 from pathfm.tasks.nuclei import NucleiSet
@@ -111,15 +111,25 @@ class Segmented:
 
     def interval(self, clean: bool = False, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
         """Dice as eva reports it, mean over runs and pieces, with its bootstrap by patient, or image if unknown."""
-        score = np.nanmean([of_images(run) for run in (self.clean if clean else self.each)], axis=0)
+        return _bootstrapped(self._people(), self._scores(clean), resamples, seed)
+
+    def gain(self, floor: Segmented, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+        """This Dice less that of other decoders on the same pieces; a draw takes the same patients for both."""
+        if not np.array_equal(self.reported.row, floor.reported.row) or self.images.name != floor.images.name:
+            raise InputError(f"{self.name} and {floor.name} were scored on different pieces; take one set for both")
+        who = self._people()
+        found, n = _bootstrapped(who, self._scores() - floor._scores(), resamples, seed), len(np.unique(who))
+        n = None if patients(self.images.table) is None else n
+        return Difference(*found, n, verdict(found.low, found.high, n))
+
+    def _scores(self, clean: bool = False) -> np.ndarray:
+        """(P,) of each piece, mean over runs and classes."""
+        return np.nanmean([of_images(run) for run in (self.clean if clean else self.each)], axis=0)
+
+    def _people(self) -> np.ndarray:
+        """(P,) the patient of each piece, or its image."""
         known = patients(self.images.table)
-        who = self.reported.row if known is None else known[self.reported.row]
-        who, score = np.unique(who, return_inverse=True)[1][~np.isnan(score)], score[~np.isnan(score)]
-        people = who.max() + 1
-        drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), resamples)[:, who]
-        kept = drawn.sum(axis=1) > 0
-        means = (drawn[kept] @ score) / drawn[kept].sum(axis=1)
-        return Interval(float(score.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
+        return self.reported.row if known is None else known[self.reported.row]
 
     def summary(self) -> pd.DataFrame:
         """One row: the score with its interval, each class, sizes, and what was left out."""
@@ -131,6 +141,16 @@ class Segmented:
         row |= {"stopped on report": self.role != "test", "runs": len(self.each), "n_pieces": len(self.reported.row)}
         row |= {"n_images": len(np.unique(self.reported.row)), "n_quarantined": len(self.images.quarantined)}
         return pd.DataFrame([row])
+
+
+def _bootstrapped(who: np.ndarray, score: np.ndarray, resamples: int, seed: int) -> Interval:
+    """Mean over pieces with the interval of its bootstrap by `who`; pieces without a score are left out."""
+    who, score = np.unique(who, return_inverse=True)[1][~np.isnan(score)], score[~np.isnan(score)]
+    people = who.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), resamples)[:, who]
+    kept = drawn.sum(axis=1) > 0
+    means = (drawn[kept] @ score) / drawn[kept].sum(axis=1)
+    return Interval(float(score.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
 
 
 def fit(

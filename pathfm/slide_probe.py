@@ -77,6 +77,15 @@ class Fitted:
             found.append(Prediction(self.bags.name, self.head, said, run, told, **how))
         return found
 
+    def answer(self) -> Prediction:
+        """All runs as one: `right` is the share of them that name a test slide's class, `predicted` what most say."""
+        each = self.predictions()
+        said = pd.DataFrame({run: one.table["predicted"].to_numpy(str) for run, one in enumerate(each)})
+        hits = np.mean([one.hits for one in each], axis=0)
+        table = each[0].table.assign(predicted=said.mode(axis=1)[0].to_numpy(), right=hits)
+        scored = {"validate": float(self.validate.mean()), "scores": [one.balanced_accuracy for one in each]}
+        return Prediction(self.bags.name, self.head, table, 0, scored, quarantined=each[0].quarantined)
+
     def attention(self, row: int) -> np.ndarray:
         """(n_tiles,) of a slide, mean over the runs, sum 1. Raises InputError for a head without attention."""
         if self.head != "abmil":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pathfm.errors import InputError
 from pathfm.verbs.setting import setting
 
 
@@ -15,11 +16,16 @@ class Evaluate:
     data: str
     task: str = setting("folder", "one of `pathfm tasks`, as it unpacks in data; folder is any set of labelled tiles")
     protocol: str = setting(
-        "linear", "linear, kNN, logistic (UNI's), SimpleShot, eva-2024 or eva-2026; PathoROB's sets have their own"
+        "",
+        "linear (when empty), kNN, logistic (UNI's), SimpleShot, eva-2024 or eva-2026; masks and slides know eva-2026 "
+        "alone, PathoROB's sets have their own",
     )
     split: str = setting("clean", "clean, or official: many official ones stop and report on the same images")
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     patient: str = setting("", "column of a manifest.csv that plays the patient, such as block")
+    decoder: str = setting("image", "of masks: image (tokens and pixels) or tokens")
+    head: str = setting("abmil", "of slides: abmil, transmil, mean or max")
+    slides: str = setting("", "folder of the slides, where data is a CSV of their labels")
     images: str = setting("", "folder of PathoROB's images, where data has its metadata")
     name: str = setting("", "of the backbone on the leaderboard; its own when empty")
     pretrained_on: str = setting("not stated", "such as TCGA or TCGA+GTEx: who has seen which patients")
@@ -38,12 +44,30 @@ class Evaluate:
             row = evaluation.robustness(self.backbone, self.task, self.data, self.images, **own)
             print(f"{row['model']}: robustness index {row['score']:.3f} on {row['task']} ({row['note']})")
         else:
-            how = {"allow_partial": self.allow_partial} | ({"patient": self.patient} if self.patient else {})
-            tiles = evaluation.labelled(self.data, self.task, self.split, **how)
-            row, table = evaluation.evaluate(self.backbone, tiles, protocol=self.protocol, **own)
+            row, table = self._scored(own)
             print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
         if self.record:
             print(leaderboard.record([row]))
+
+    def _scored(self, own: dict):
+        from dataclasses import replace
+
+        from pathfm import evaluation, segment, tasks
+
+        kind, how = tasks.about(self.task).kind, {"allow_partial": self.allow_partial}
+        if kind == "tiles":
+            how |= {"patient": self.patient} if self.patient else {}
+            tiles = evaluation.labelled(self.data, self.task, self.split, **how)
+            return evaluation.evaluate(self.backbone, tiles, protocol=self.protocol or "linear", **own)
+        if self.protocol not in ("", evaluation.EVA):
+            raise InputError(f"{self.task} is scored by {evaluation.EVA} and not by '{self.protocol}'")
+        how |= {"slides": self.slides} if self.slides else {}
+        data = tasks.read(self.task, self.data, "official", **how)
+        if kind == "slides":
+            return evaluation.slide_labels(self.backbone, data, self.task, self.head, **own)
+        own.pop("pool")
+        protocol = replace(segment.EVA.get(self.task, segment.SegmentationProtocol()), decoder=self.decoder)
+        return evaluation.masks(self.backbone, data, self.task, protocol, **own)
 
 
 @dataclass(frozen=True)
