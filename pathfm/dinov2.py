@@ -31,12 +31,15 @@ class MaskedEncoder(Encoder):
         hide   whether those are hidden from the backbone in global views
         """
         images, picked = global_.flatten(0, 1), masks.flatten(0, 1)
-        hidden = (picked if hide else torch.zeros_like(picked)).to(images.device, non_blocking=True)
-        tokens = tokens_seen(self.backbone, images, hidden, self.mask_token)
-        cls = [tokens[:, 0]] + ([self.backbone(local.flatten(0, 1))] if len(local) else [])
-        features = torch.cat(cls)
+        together = len(local) > 0 and local.shape[1:] == global_.shape[1:]
+        seen = torch.cat([images, local.flatten(0, 1)]) if together else images
+        hidden = torch.zeros(len(seen), picked.shape[1], dtype=torch.bool)
+        hidden[: len(picked)] = picked & hide
+        tokens = tokens_seen(self.backbone, seen, hidden.to(images.device, non_blocking=True), self.mask_token)
+        apart = [self.backbone(local.flatten(0, 1))] if len(local) and not together else []
+        features = torch.cat([tokens[:, 0], *apart])
         at = picked.flatten().nonzero()[:, 0].to(images.device, non_blocking=True)
-        patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1).index_select(0, at)
+        patches = tokens[: len(images), self.backbone.num_prefix_tokens :].flatten(0, 1).index_select(0, at)
         shape = (-1, global_.shape[1])
         answer = self.head if self.patch_head is None else self.patch_head
         return features.unflatten(0, shape), self.head(features).unflatten(0, shape), answer(patches)

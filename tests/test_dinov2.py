@@ -49,11 +49,16 @@ def views(model: DinoV2, seed: int = 0, **fields) -> Views:
 # One step, in float64
 
 
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("centring", ["sinkhorn", "centre"])
-def test_the_loss_is_that_of_the_paper_view_by_view(separate, centring):
-    """Every view goes through the networks alone; the losses have slow references of their own elsewhere."""
-    model = made(separate_head=separate, centring=centring, drop_path=0.0, koleo=0.1, kde=0.2, ibot=0.7)
+def test_the_loss_is_that_of_the_paper_view_by_view(separate, centring, equal):
+    """Every view goes through the networks alone; the losses have slow references of their own elsewhere.
+
+    equal   local views as large as global ones: all of the student's go through at once
+    """
+    size = {"local_px": TINY["global_px"]} if equal else {}
+    model = made(separate_head=separate, centring=centring, drop_path=0.0, koleo=0.1, kde=0.2, ibot=0.7, **size)
     torch.manual_seed(1)
     model.centre.normal_(std=0.1), model.patch_centre.normal_(std=0.1)
     batch, now = views(model), schedule(model.config, 5)
@@ -80,7 +85,11 @@ def test_the_loss_is_that_of_the_paper_view_by_view(separate, centring):
     want = losses.dino_loss(answers, p) + 0.7 * losses.ibot_loss(torch.cat(hidden), q, masks.flatten(0, 1))
     want = want + sum(0.1 * losses.koleo(x) + 0.2 * losses.kde(x) for x in features[:2])
 
+    passes = []
+    held = student.backbone.norm.register_forward_hook(lambda *_: passes.append(1))
     outcome = model(batch, now)
+    held.remove()
+    assert len(passes) == (1 if equal else 2)
     assert float(outcome.loss.detach()) == pytest.approx(float(want.detach()), rel=1e-6)
     parameters = [p for p in student.parameters() if p.requires_grad]
     got, wanted = (torch.autograd.grad(loss, parameters) for loss in (outcome.loss, want))
