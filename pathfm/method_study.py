@@ -162,7 +162,8 @@ def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
         error = 100 * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
         axes[0].errorbar(at, 100 * rows["value"], error, fmt="o", ms=4, color=colour, label=arm)
     axes[0].set_xticks(range(len(MPPS)), [f"{mpp:g}" for mpp in MPPS])
-    axes[0].set(xlabel="µm per pixel of the test tiles", ylabel="points over the start", ylim=(0, None))
+    axes[0].set(xlabel="µm per pixel of the test tiles", ylabel="points over the start")
+    panels.level(axes[0], y=0)
     at = table[table["mpp"] == PRIMARY_MPP]
     for ax, column in zip(axes[1:], ("centre_identity", "slide_dependence", "robustness_index"), strict=True):
         for arm, colour in colours.items():

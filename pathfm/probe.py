@@ -200,13 +200,15 @@ def pooled(
 ) -> Features:
     """A model's features of the pooling that validates best: CLS, mean of the patch tokens, or both.
 
-    model  a backbone with its `preprocess`, or the folder of an export
+    model  a backbone with its `preprocess`, or its name, as `backbones.load` takes it
     """
-    from pathfm.export import load
+    from pathfm import backbones
     from pathfm.features import extract, pools
 
-    network = load(model)[0] if isinstance(model, (str, Path)) else model
-    pool = "both" if getattr(network, "cls_token", None) is not None else "mean"
+    if isinstance(model, (str, Path)):
+        model, own = backbones.load(model)
+        preprocess = preprocess or own
+    pool = "both" if getattr(model, "cls_token", None) is not None else "mean"
     found = pools(extract(model, tiles, preprocess, pool, name, folder))
     return max(found, key=lambda features: probe(features).settings["validate"])
 
