@@ -57,12 +57,10 @@ class Cohort:
         """The slides of a manifest or sample sheet of the Genomic Data Commons, described by their TCGA barcodes.
 
         folder   where GDC's client or `pathfm fetch` put them, as <folder>/<uuid>/<file>; None: beside the table
-        sites    GDC's table of source-site codes, saved from its page, or one's own (`gdc.source_sites`); None: a
-                 centre is a code, so that one institution is another centre for each cancer type
+        sites    a table of source-site codes of one's own (`gdc.source_sites`); None: GDC's, which comes with pathfm
 
-        Columns: slide_id (the barcode), path, patient_id, centre (the institution, or the code), project ("TCGA-BRCA";
-        of a manifest only where `sites` says it), source_site (the code), section ("FFPE", "frozen"), sample
-        ("tumour", "normal", ...).
+        Columns: slide_id (the barcode), path, patient_id, centre (the institution), project ("TCGA-BRCA"),
+        source_site (the code), section ("FFPE", "frozen"), sample ("tumour", "normal", ...).
         Slides that are not in `folder` yet are counted and named in a warning, and stay. Raises InputError where
         none is there, a column is missing, a file is listed twice or is no slide, or a barcode or code is unknown.
         """

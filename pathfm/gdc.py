@@ -47,6 +47,7 @@ STUDIES = {
     "Uterine Carcinosarcoma": "UCS",
     "Uveal Melanoma": "UVM",
 }
+SITES = Path(__file__).with_name("source_sites.csv")  # see `source_sites`
 GDCS = {"TSS Code": "code", "Source Site": "centre", "Study Name": "project"}  # GDC's columns -> ours
 MANIFEST = ("id", "filename", "md5", "size", "state")
 SHEET = ("File ID", "File Name", "Project ID")
@@ -79,15 +80,16 @@ def barcode(name: str) -> Barcode:
     return Barcode(found[0], found[1], found[2], SECTIONS[found[5]], sample)
 
 
-def source_sites(path: str | Path) -> pd.DataFrame:
+def source_sites(path: str | Path = SITES) -> pd.DataFrame:
     """By source-site code: project ("TCGA-BRCA") and centre.
 
     path   a table of text, by tabs, or by commas in a .csv: the columns code, project, centre, or those of GDC's page
-           "Tissue Source Site Codes" (TSS Code, Source Site, Study Name) as it is saved from there
+           "Tissue Source Site Codes" (TSS Code, Source Site, Study Name) as it is saved from there. The table that
+           comes with pathfm has GDC's 830 codes; where GDC spells an institution in several ways (UNC, University of
+           North Carolina), `centre` is one of them, which is ours, and `gdc_name` is as GDC has it
 
     A code is a site and a study: one institution has a code for each cancer type. Institutions are told apart by their
-    names without case and blanks; GDC spells some in several ways (UNC, University of North Carolina), and only a
-    table of your own can make those one.
+    names without case and blanks.
     """
     sites = _read(Path(path))
     named = {name.casefold(): ours for name, ours in GDCS.items()}
@@ -148,23 +150,21 @@ def table(path: str | Path, folder: str | Path | None = None, sites: str | Path 
             "at GDC, choose data type Slide Image only"
         )
     folder = Path(folder) if folder is not None else Path(path).resolve().parent
-    known = None if sites is None else source_sites(sites)
+    known = source_sites(SITES if sites is None else sites)
     rows = [_row(item, folder.absolute(), known, path) for item in listed.itertuples()]
-    made = pd.DataFrame(rows).dropna(axis=1, how="all")  # a manifest does not say the project
+    made = pd.DataFrame(rows)
     twice = made["slide_id"].duplicated(keep=False)  # one glass scanned twice
     made.loc[twice, "slide_id"] = [name.removesuffix(".svs") for name in listed["name"][twice]]
     _name_missing(made["path"], folder, path)
     return made
 
 
-def _row(item, folder: Path, sites: pd.DataFrame | None, source: str | Path) -> dict:
+def _row(item, folder: Path, sites: pd.DataFrame, source: str | Path) -> dict:
     try:
         found = barcode(item.name)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    project, centre = item.project, found.site
-    if sites is not None:
-        project, centre = _site(found, item.project, sites, source)
+    project, centre = _site(found, item.project, sites, source)
     return {
         "slide_id": found.slide,
         "path": str(folder / item.id / item.name),

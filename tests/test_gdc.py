@@ -75,11 +75,23 @@ def test_a_manifest_becomes_a_cohort(tmp_path, codes):
     assert list(again.table["source_site"][:4]) == ["A7", "A7", "44", "50"]  # codes stay text
 
 
-def test_without_a_table_of_codes_a_centre_is_a_code(tmp_path):
+def test_without_a_table_of_ones_own_codes_are_those_of_gdc(tmp_path):
     download(manifest(tmp_path / "m.txt"), tmp_path)
     found = Cohort.from_gdc(tmp_path / "m.txt").table
-    assert list(found["centre"]) == list(found["source_site"]) == ["A7", "A7", "44", "50", "NA", "AV"]
-    assert "project" not in found  # which a manifest does not say
+    assert list(found["source_site"]) == ["A7", "A7", "44", "50", "NA", "AV"]
+    for at, (name, *facts) in enumerate(SLIDES):
+        assert list(found.loc[at, ["project", "centre", "section", "sample"]]) == facts, name
+
+
+def test_the_table_that_comes_along_is_whole_and_makes_one_of_an_institution_spelt_twice():
+    sites = gdc.source_sites()
+    assert len(sites) == 830 and sites.index.str.fullmatch("[A-Z0-9]{2}").all() and sites["centre"].str.len().min() > 2
+    assert set(sites["project"]) >= {f"TCGA-{study}" for study in gdc.STUDIES.values()}
+    assert sites.loc["38", "centre"] == sites.loc["DE", "centre"] == "University of North Carolina"  # UNC in the first
+    table = pd.read_csv(gdc.SITES, dtype=str, keep_default_na=False)
+    merged = table.groupby("centre")["gdc_name"].agg(set)
+    assert merged["University of North Carolina"] == {"UNC", "University of North Carolina"}
+    assert len(merged) == 168 and table["gdc_name"].nunique() == 215
 
 
 def test_a_sample_sheet_says_the_same(tmp_path, codes):
@@ -92,7 +104,6 @@ def test_a_sample_sheet_says_the_same(tmp_path, codes):
         Cohort.from_gdc(tmp_path / "sheet.tsv", sites=codes).table,
         Cohort.from_gdc(tmp_path / "m.txt", sites=codes).table,
     )
-    assert list(Cohort.from_gdc(tmp_path / "sheet.tsv").table["project"]) == [project for _, project, *_ in SLIDES]
     sheet["Project ID"] = "TCGA-OV"
     sheet.to_csv(tmp_path / "sheet.tsv", sep="\t", index=False)
     with pytest.raises(InputError, match=r"TCGA-A7-A0CE-01Z-00-DX1 is of TCGA-OV.* A7 is of TCGA-BRCA"):

@@ -42,7 +42,9 @@ class Fetch:
     parallel: int = setting(4, "files at a time")
     tries: int = setting(5, "in a row without a byte before a file is given up; waits double from 1 s")
     token_file: str = setting("", "a file with GDC's token, for controlled access only")
-    sites: str = setting("", "GDC's table of source-site codes, which names the centres in cohort.csv")
+    sites: str = setting(
+        "", "your own table of source-site codes, which name the centres in cohort.csv; GDC's if empty"
+    )
     gdc_url: str = setting("https://api.gdc.cancer.gov", "GDC's API, or a mirror of it")
     testdata_url: str = setting("https://openslide.cs.cmu.edu/download/openslide-testdata", "or a mirror of it")
 
