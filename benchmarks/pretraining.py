@@ -7,7 +7,9 @@ A peer is optional, and the table names it where it is missing:  pip install lig
 
 cpu     A DINO step on given views (2 x 224 and 8 x 96 px, 65,536 prototypes), ours, lightly's modules and a plain loop
         after the authors' (dino_peers.py), in turn, `repeats` times each, one thread, float32 and bfloat16; medians of
-        CPU time. "of matrix products": the floating-point operations of a step (counted by torch, only in products),
+        CPU time, each step right after one of the same loop that is not counted. `pretrain` keeps freed memory
+        (devices.kept_memory) and so does ours here; the peers are measured as they come and, "memory kept", as ours.
+        "of matrix products": the floating-point operations of a step (counted by torch, only in products),
         over its time, as a share of what one large product reaches here in that precision. What the rest is: the
         table of operators, by torch's profiler. Bars: ours not slower than the better peer; bfloat16 1.5 x float32.
 growth  Bytes and operations of one step by model, crops and ranks, counted without doing them (meta tensors), and the
@@ -23,6 +25,7 @@ Without a GPU, gpu and fed run at toy size on the CPU, to show that they work; n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -45,6 +48,7 @@ import dino_peers  # noqa: E402
 from pathfm import figures  # noqa: E402
 from pathfm.augment import Views  # noqa: E402
 from pathfm.config import PretrainConfig, make_config  # noqa: E402
+from pathfm.devices import kept_memory  # noqa: E402
 from pathfm.dino import Dino  # noqa: E402
 from pathfm.dinov2 import DinoV2  # noqa: E402
 from pathfm.masking import block_masks  # noqa: E402
@@ -53,6 +57,8 @@ from pathfm.storage import atomic_path  # noqa: E402
 from pathfm.vit import set_attention  # noqa: E402
 
 METHODS = {"dino": Dino, "dinov2": DinoV2}
+OURS, KEPT = "pathfm", ", memory kept"
+LIKE_OURS = ("authors' loop", "lightly, plain attention")  # the quicker ones, also timed with memory kept
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by the maker
 LINK = 450e9  # bytes a second between GPUs of one machine, one way (NVLink 4); assumed in "growth"
@@ -163,11 +169,11 @@ def cpu(models: list[str], batch: int, repeats: int, seconds: float, **toy: Any)
         times: dict[tuple[str, str], list[float]] = {}
         steps = contenders(config)
         views = views_of(config, 16)
-        for turn in range(repeats + 1):  # the first is not counted: it makes AdamW's moments
-            for key, step in steps.items():
-                if turn < 2 or time.process_time() - began < seconds:
-                    spent = timed(lambda step=step, views=views: step(views))
-                    times.setdefault(key, []).extend([spent] * bool(turn))
+        for turn in range(repeats):
+            order = list(steps)
+            for key in order[turn % len(order) :] + order[: turn % len(order)]:
+                if not turn or time.process_time() - began < seconds:
+                    times.setdefault(key, []).append(warmed(steps[key], views, key[0] == OURS or KEPT in key[0]))
         rates = {precision: product_rate(precision) for precision in DTYPES}
         for (who, precision), spent in times.items():
             median = float(np.median(spent))
@@ -178,31 +184,42 @@ def cpu(models: list[str], batch: int, repeats: int, seconds: float, **toy: Any)
             )
         for precision in DTYPES:
             shares += [
-                {"model": name, "precision": precision, **row} for row in profiled(steps["pathfm", precision], views)
+                {"model": name, "precision": precision, **row} for row in profiled(steps[OURS, precision], views)
             ]
     return _beside(pd.DataFrame(rows)), pd.DataFrame(shares)
+
+
+def warmed(step: Callable, views: Views, kept: bool) -> float:
+    """CPU seconds of a step after one that is not counted: it makes AdamW's moments and finds its memory."""
+    with kept_memory(torch.device("cpu")) if kept else contextlib.nullcontext():
+        step(views)
+        return timed(lambda: step(views))
 
 
 def contenders(config: PretrainConfig) -> dict[tuple[str, str], Callable]:
     steps: dict[tuple[str, str], Callable] = {}
     for precision in DTYPES:
-        steps["pathfm", precision] = dino_peers.ours(config, made(config, fused=False), precision)
+        steps[OURS, precision] = dino_peers.ours(config, made(config, fused=False), precision)
         steps["authors' loop", precision] = dino_peers.plain(config, False, precision)
         try:
             steps["lightly", precision] = dino_peers.lightly(config, True, precision)  # timm's default attention
             steps["lightly, plain attention", precision] = dino_peers.lightly(config, False, precision)
         except ImportError as error:
             print(f"lightly is left out: {error}")
-    return steps
+    alike = {(who + KEPT, precision): step for (who, precision), step in steps.items() if who in LIKE_OURS}
+    return steps | alike
 
 
 def _beside(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds how many times as fast ours is as the best peer of the row's precision, and as its own float32."""
-    best = table[table["contender"] != "pathfm"].groupby(["model", "precision"])["images_per_s"].max()
-    own = table[table["contender"] == "pathfm"].set_index(["model", "precision"])["images_per_s"]
-    is_ours = table["contender"] == "pathfm"
+    """Adds how many times as fast ours is as the best peer of the row's precision, as it comes and with its memory kept
+    as ours is, and as its own float32."""
+    is_ours, kept = table["contender"] == OURS, table["contender"].str.endswith(KEPT)
+    by = ["model", "precision"]
+    best, alike = (table[rows].groupby(by)["images_per_s"].max() for rows in (~is_ours & ~kept, kept))
+    own = table[is_ours].set_index(by)["images_per_s"]
     for row in table[is_ours].itertuples():
         table.loc[row.Index, "over_best_peer"] = row.images_per_s / best[row.model, row.precision]
+        table.loc[row.Index, "over_best_peer_kept"] = row.images_per_s / alike[row.model, row.precision]
         table.loc[row.Index, "over_float32"] = row.images_per_s / own[row.model, "float32"]
     return table
 

@@ -132,9 +132,11 @@ def shortened(data: bytes, how: Recipe, scale: int, rows: int) -> tuple[bytes, i
     what the decoder says at its end would tell nothing.
     """
     as_it_is = data, how.height
+    if rows * scale >= how.height:
+        return as_it_is
     frame = data.find(_BASELINE + how.height.to_bytes(2, "big") + how.width.to_bytes(2, "big"))
     scan = data.find(_SCAN, frame)
-    if rows * scale >= how.height or not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
+    if not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
         return as_it_is
     blocks = max(sampling & 15 for sampling in data[frame + 11 : frame + 19 : 3])  # on top of each other, in a unit
     if blocks not in (1, 2, 4):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
 import torch
 
 from pathfm.config import PretrainConfig
@@ -25,3 +29,36 @@ def kernels_of(config: PretrainConfig, device: torch.device) -> tuple[bool, str]
         return fused, config.precision
     fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     return fused, "bfloat16" if fast else "float32"
+
+
+_TRIM, _MMAP_FROM, _MMAPS = -1, -3, -4  # options of glibc's mallopt: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX
+
+
+@contextlib.contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU, memory that tensors let go of stays with the process, to be used again, until the end of this block.
+
+    glibc gives every tensor of 32 MB and more fresh pages and returns them at once: a step of DINO then spends a tenth
+    (float32) to a third (bfloat16) of its time in page faults. Elsewhere than on glibc nothing is changed.
+    """
+    mallopt = _libc("mallopt") if device.type == "cpu" else None
+    if not mallopt:
+        yield
+        return
+    mallopt(_MMAPS, 0)
+    mallopt(_TRIM, 2**31 - 1)
+    try:
+        yield
+    finally:  # as glibc has set itself once a large block was returned
+        mallopt(_MMAPS, 65536)
+        mallopt(_MMAP_FROM, 2**25)
+        mallopt(_TRIM, 2**26)
+        _libc("malloc_trim")(0)
+
+
+def _libc(name: str):
+    """A function of glibc, None where it is not there."""
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # TypeError: Windows
+        return None

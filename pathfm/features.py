@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
 from pathfm import extractors
 from pathfm.benchmarks import TileSet
+from pathfm.devices import kept_memory
 from pathfm.errors import InputError
 from pathfm.extractors import FLOORS, POOLS, Extractor, fingerprint, metadata_columns, random_twin
 from pathfm.storage import cache_dir, explained, progress, read_json, write_json
@@ -103,7 +105,8 @@ def extract(
     with FileLock(folder / f"{key}.lock"):
         if _stale(path, record, len(tiles)):
             chosen, measured = choose(make, tiles) if precision == "auto" else (extractor, {})
-            width = _write(path, chosen, tiles, batch_size, name or extractor.name)
+            with kept_memory(torch.device(device or "cpu")):
+                width = _write(path, chosen, tiles, batch_size, name or extractor.name)
             write_json(record, {"n": len(tiles), "d": width, "key": key, **chosen.provenance, **measured})
     provenance = {**read_json(record), "effective_mpp": _effective_mpp(extractor, tiles)}
     return Features(name or extractor.name, np.load(path, mmap_mode="r"), tiles, provenance)

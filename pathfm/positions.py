@@ -91,13 +91,16 @@ def _bits_between(words, start, first, stop) -> np.int64:
 
 
 @njit(cache=True, nogil=True)
-def covered(words, start, stride, cell, x, y, side) -> float:
-    """Tissue under the square at (x, y), read from the packed mask whose rows begin `stride` words apart."""
-    return covered_box(words, start, stride, cell, x, y, side, side)
+def covered(words, start, stride, cell, x, y, side, need=0.0) -> float:
+    """Tissue under the square at (x, y), read from the packed mask whose rows begin `stride` words apart.
+
+    Where it is less than `need`, any number less than `need`: rows below those that settle it are not read.
+    """
+    return covered_box(words, start, stride, cell, x, y, side, side, need)
 
 
 @njit(cache=True, nogil=True)
-def covered_box(words, start, stride, cell, x, y, across, down) -> float:
+def covered_box(words, start, stride, cell, x, y, across, down, need=0.0) -> float:
     """`covered` for a rectangle."""
     right, bottom = x + across, y + down
     i0, j0 = x // cell, y // cell
@@ -112,6 +115,8 @@ def covered_box(words, start, stride, cell, x, y, across, down) -> float:
             width += last_width * _bits_between(words, row, i1, i1 + 1)
             width += cell * _bits_between(words, row, i0 + 1, i1)
         area += width * (min(bottom, (j + 1) * cell) - max(y, j * cell))
+        if area + across * (bottom - (j + 1) * cell) < need - 1:  # a pixel for rounding
+            return area
     return area
 
 

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from pathfm import logbook, ranks
 from pathfm.checkpoint import FREE
 from pathfm.config import SMOKE, PretrainConfig, make_config
+from pathfm.devices import device_of, kept_memory
 from pathfm.errors import InputError
 from pathfm.export import load
 from pathfm.feed import check_sides, check_stream, first_tiles
@@ -90,7 +91,7 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
     tiles = first_tiles(stream)
     settings = json.loads(json.dumps(getattr(stream, "settings", {}), default=str))
     folder = Path(folder) if folder else _cached(config, [tiles, settings], stream[0].image)
-    with _alone(folder), _settings(config), ranks.joined(config.device):
+    with _alone(folder), _settings(config), kept_memory(device_of(config)), ranks.joined(config.device):
         training = Training(config, tiles, folder, settings)
         if training.step < config.steps or not (folder / "teacher" / "config.json").exists():
             training.run(stream, validation)

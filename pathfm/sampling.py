@@ -81,7 +81,7 @@ def propose(key, i, redraw, words, masks, box, grid, side, min_tissue, values, h
             continue
         x = grid * (x0 + np.int64(one % np.uint64(columns)))
         y = grid * (y0 + np.int64(two % np.uint64(rows)))
-        area = covered(words, start, stride, cell, x, y, side)
+        area = covered(words, start, stride, cell, x, y, side, need)
         if area < need:
             continue
         if top > 0:

@@ -245,9 +245,9 @@ def _collected(requests, local: list[Window], futures: dict[Future, Window]) -> 
     try:
         for window, data in _answers(local, futures):
             windows, fetched, needed = windows + 1, fetched + window.stop - window.start, needed + window.needed
-            view = memoryview(data)
-            for number, k, start, stop in window.pieces:
-                parts[number][k] = bytes(view[start - window.start : stop - window.start])
+            data = data if isinstance(data, bytes) else memoryview(data)
+            for number, k, start, stop in window.pieces:  # all of it is not copied
+                parts[number][k] = bytes(data[start - window.start : stop - window.start])
                 left[number] -= 1
                 if not left[number]:
                     yield number, parts[number]

@@ -40,7 +40,7 @@ def test_a_row_a_label_and_the_coin_has_no_oracle(cohort, index, tmp_path, monke
     labels = pd.DataFrame({"slide_id": found.slides["slide_id"], "role": roles})
     labels = labels.assign(patient_id=["a", "a", "b", "b"], B0=[0, 1, 0, 1], B1=[0, 1, 0, 1])
     monkeypatch.setattr(slide_probe, "ROLES", ("probe-train", "validate"))
-    table = bag_study.measure(cohort_with(cohort, labels), [found.of(labels)], ("mean",), ("B0", "B1"), QUICK)
+    table = bag_study.measure(cohort_with(cohort, labels), [found.of(labels)], {"mean": 1}, ("B0", "B1"), QUICK)
     assert table[["label", "features"]].to_numpy().tolist() == [["B0", "colour"], ["B1", "oracle"], ["B1", "colour"]]
     assert table["auc"].isna().all() and table["reason"].str.contains("fewer than 10 of a class").all()
 

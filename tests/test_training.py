@@ -2,6 +2,8 @@
 
 import contextlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from structured_tiles import StructuredTiles
 from test_dinov2 import tiny as tiny_v2
 from test_pretrain import tiny
 
-from pathfm import remedies, training
+from pathfm import devices, remedies, training
 from pathfm.augment import MultiCrop
 from pathfm.depth import TileDrop
 from pathfm.errors import InputError
@@ -155,3 +157,27 @@ def of_tiles(run: Run) -> float:
     with torch.no_grad():
         x = torch.nn.functional.normalize(run.backbone(images[:, 3:45, 3:45].permute(0, 3, 1, 2) / 127.5 - 1), dim=-1)
     return float((x @ x.mT).fill_diagonal_(0).sum() / 64 / 63)
+
+
+@pytest.mark.skipif(not devices._libc("mallopt"), reason="no glibc")
+def test_on_a_cpu_freed_memory_is_used_again_and_given_back_afterwards():
+    """Page faults of tensors of 64 MB, in a process of its own."""
+    code = """
+import resource, torch
+from pathfm.devices import kept_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+with kept_memory(torch.device("cpu")):
+    faults()
+    kept = faults()
+with kept_memory(torch.device("meta")):
+    print(kept, faults(), faults())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, *fresh = map(int, told.stdout.split())
+    assert kept < 100 and min(fresh) > 10_000
