@@ -258,15 +258,18 @@ def growth(batch: int = 16, models: tuple[str, ...] = LADDER, measure: int = 1, 
         row["link_seconds"] = 2 * (ranks - 1) / ranks * (need["weights"] / 5) / LINK
         if do:
             step, views = dino_peers.ours(config, made(config, False), "float32"), views_of(config, 16)
-            step(views)
-            row["seconds"] = timed(lambda: step(views))
+            row["seconds"] = warmed(step, views, kept=True)
         rows.append(row)
 
     for k, name in enumerate(models):
         add("model", name.split("_")[1], config_of("dino", name, batch, **toy), do=k < measure)
     for local in (0, 4, 8, 12):
-        fields = {**toy, "local_views": local}
-        add("local crops", str(local), config_of("dino", models[0], batch, **fields), do=k < measure or not local)
+        add(
+            "local crops",
+            str(local),
+            config_of("dino", models[0], batch, **{**toy, "local_views": local}),
+            do=measure > 0,
+        )
     for ranks in (1, 2, 4, 8):
         add("ranks", str(ranks), config_of("dino", models[-1], batch, **toy), ranks)
     return pd.DataFrame(rows)
@@ -277,22 +280,35 @@ def growth_figure(table: pd.DataFrame) -> Figure:
     figures.use_style()
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(7, 4), layout="constrained")
+    fig, axes = plt.subplots(2, 3, figsize=(7, 4.6), layout="constrained")
+    biggest = table["at"][table["axis"] == "model"].iloc[-1]
+    titles = {
+        "model": "ViT",
+        "local crops": f"local crops, ViT {table['at'].iloc[0]}",
+        "ranks": f"ranks, ViT {biggest}",
+    }
     for (axis, rows), memory, speed in zip(table.groupby("axis", sort=False), axes[0], axes[1], strict=True):
         x = np.arange(len(rows))
         memory.bar(x, rows["weights"] / 1e9, label="weights, gradients, AdamW")
         memory.bar(x, rows["activations"] / 1e9, bottom=rows["weights"] / 1e9, label="activations")
         if axis == "ranks":
-            memory.plot(x, rows["sharded"] / 1e9, "k_", ms=14, label="with weights sharded")
-        speed.plot(x, rows["seconds_of_products"], "o-", label="products at this machine's rate")
+            memory.plot(x, rows["sharded"] / 1e9, "k_", ms=14, ls="", label="all of it, weights sharded")
+        speed.plot(x, rows["seconds_of_products"], "o-", label="matrix products alone, at this machine's rate")
         if "seconds" in rows and rows["seconds"].notna().any():
             speed.plot(x, rows["seconds"], "ks", label="measured")
-        memory.set(title=axis, ylabel="GB a rank, float32")
-        speed.set(ylabel="s a step", xlabel=axis, yscale="log")
+        memory.set(title=titles[axis], ylabel="GB a rank, float32")
+        speed.set(ylabel="s a step, one core")
+        if axis == "local crops":
+            speed.set_ylim(0, 1.1 * np.nanmax(rows[[c for c in ("seconds_of_products", "seconds") if c in rows]]))
+        else:
+            speed.set_yscale("log")
+            speed.yaxis.set_major_formatter("{x:g}")
+            speed.yaxis.set_minor_formatter("")
         for ax in (memory, speed):
             ax.set_xticks(x, rows["at"])
-    axes[0, 2].legend(fontsize=6)
-    axes[1, 0].legend(fontsize=6)
+    handles = [pair for ax in (axes[0, 2], axes[1, 0]) for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    fig.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=2, fontsize=7)
+    fig.suptitle(f"One step of DINO, {table['batch'].iloc[0]} tiles, 2 views of 224 px and 8 of 96 px", fontsize=9)
     return fig
 
 
@@ -399,8 +415,12 @@ def main() -> None:
         print("toy size, nothing recorded" * bool(toy), table.round(3).to_string(index=False), sep="\n")
         tables += [table] * (not toy)
     if tables:
+        found = pd.concat(tables).assign(**stamp())
+        if Path(given.out).is_file():  # parts that were not run again stay
+            before = pd.read_csv(given.out)
+            found = pd.concat([before[~before["part"].isin(found["part"])], found])
         with atomic_path(Path(given.out)) as partial:
-            pd.concat(tables).assign(**stamp()).to_csv(partial, index=False)
+            found.to_csv(partial, index=False, float_format="%.6g")
         print(given.out)
 
 

@@ -94,7 +94,7 @@ def test_growth_shows_model_crops_and_ranks(style):
     ).all()
     assert table["seconds"].notna().sum() >= 2
     fig = pretraining.growth_figure(table)
-    assert [ax.get_title(loc="left") for ax in fig.axes[:3]] == ["model", "local crops", "ranks"]
+    assert [ax.get_title(loc="left") for ax in fig.axes[:3]] == ["ViT", "local crops, ViT tiny", "ranks, ViT small"]
 
 
 def test_gpu_part_works_on_a_cpu(monkeypatch):

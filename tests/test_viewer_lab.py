@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from pathfm import Cohort, SlideIndex, figures
+from pathfm.explore import Explorer
 
 SHOW = """
 from pathfm import SlideIndex
@@ -62,7 +63,15 @@ def fine(slides):
 
 
 @pytest.fixture(scope="module")
-def page(machine, slides, fine, tmp_path_factory):
+def compiled(slides, fine):
+    """What the kernel will do, done here before: what numba compiles is kept on the disk, and nobody waits for it."""
+    viewer = Explorer(slides, tile_px=64).viewer(slide_id=fine, mpp=(0.25, 0.5, 1.0))
+    viewer.chosen = 0
+    assert viewer.detail["name"]
+
+
+@pytest.fixture(scope="module")
+def page(machine, slides, fine, compiled, tmp_path_factory):
     """JupyterLab with the viewer on a slide of 0.25 um/px, and the addresses that the page asked for."""
     cells = [SHOW.format(folder=str(slides.folder), slide=fine).strip(), STATE.strip(), SLOW.strip()]
     with lab.notebook(tmp_path_factory.mktemp("lab"), cells) as page:
