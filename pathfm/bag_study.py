@@ -14,6 +14,7 @@ from torch import nn
 from pathfm import bags, export, slide_probe, synthetic, vit
 from pathfm.bags import Bags, Cut
 from pathfm.cohort import Cohort
+from pathfm.devices import kept_memory
 from pathfm.features import random_twin
 from pathfm.index import SlideIndex
 from pathfm.runs import stamp, write_results
@@ -89,6 +90,7 @@ def record(model: str = "", workers: int = 0) -> pd.DataFrame:
     cohort = synthetic.make_cohort("bags", workers=workers or None)
     index = SlideIndex.build(cohort)
     found = list(sources(index, model or None))
-    table = measure(cohort, found).assign(**stamp())
+    with kept_memory(torch.device("cpu")):
+        table = measure(cohort, found).assign(**stamp())
     write_results("bags", table)
     return table
