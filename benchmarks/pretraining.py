@@ -1,13 +1,13 @@
 """How fast a step of pretraining is: beside peers, beside the machine's own matrix products, as model and crops grow.
 
     python benchmarks/pretraining.py [--parts cpu growth gpu fed] [--models vit_tiny_patch16_224 vit_small_patch16_224]
-                                     [--batch 16] [--repeats 3] [--seconds 150] [--out results/pretraining_speed.csv]
+                                     [--batch 16] [--repeats 3] [--out results/pretraining_speed.csv]
 
 A peer is optional, and the table names it where it is missing:  pip install lightly --no-deps
 
 cpu     A DINO step on given views (2 x 224 and 8 x 96 px, 65,536 prototypes), ours, lightly's modules and a plain loop
-        after the authors' (dino_peers.py), in turn, `repeats` times each, one thread, float32 and bfloat16; medians of
-        CPU time, each step right after one of the same loop that is not counted. `pretrain` keeps freed memory
+        after the authors' (dino_peers.py), in turn, `repeats` times each in a process of its own, one thread, float32
+        and bfloat16; medians of CPU time of steps after two that are not counted. `pretrain` keeps freed memory
         (devices.kept_memory) and so does ours here; the peers are measured as they come and, "memory kept", as ours.
         "of matrix products": the floating-point operations of a step (counted by torch, only in products),
         over its time, as a share of what one large product reaches here in that precision. What the rest is: the
@@ -26,7 +26,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -58,7 +61,6 @@ from pathfm.vit import set_attention  # noqa: E402
 
 METHODS = {"dino": Dino, "dinov2": DinoV2}
 OURS, KEPT = "pathfm", ", memory kept"
-LIKE_OURS = ("authors' loop", "lightly, plain attention")  # the quicker ones, also timed with memory kept
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by the maker
 LINK = 450e9  # bytes a second between GPUs of one machine, one way (NVLink 4); assumed in "growth"
@@ -160,54 +162,75 @@ def timed(work: Callable, device: str = "cpu") -> float:
 # The parts
 
 
-def cpu(models: list[str], batch: int, repeats: int, seconds: float, **toy: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row a model, precision and contender; and where the time of ours goes. Ends after `seconds` of CPU time."""
-    rows, shares, began = [], [], time.process_time()
+def cpu(models: list[str], batch: int, repeats: int, steps: int = 3, **toy: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a model, precision and contender; and where the time of ours goes."""
+    rows, shares = [], []
     for name in models:
         config = config_of("dino", name, batch, **toy)
-        operations = counted(config)["operations"]
-        times: dict[tuple[str, str], list[float]] = {}
-        steps = contenders(config)
-        views = views_of(config, 16)
+        operations, times = counted(config)["operations"], {}
+        pairs = [(who, precision) for precision in DTYPES for who in CONTENDERS]
         for turn in range(repeats):
-            order = list(steps)
-            for key in order[turn % len(order) :] + order[: turn % len(order)]:
-                if not turn or time.process_time() - began < seconds:
-                    times.setdefault(key, []).append(warmed(steps[key], views, key[0] == OURS or KEPT in key[0]))
+            for who, precision in pairs[turn % len(pairs) :] + pairs[: turn % len(pairs)]:
+                spent = alone(config, who, precision, steps)
+                if spent:
+                    times.setdefault((who, precision), []).append(float(np.median(spent)))
         rates = {precision: product_rate(precision) for precision in DTYPES}
         for (who, precision), spent in times.items():
             median = float(np.median(spent))
             rows.append(
                 {"part": "cpu", "model": name, "contender": who, "precision": precision, "batch": batch}
                 | {"images_per_s": batch / median, "seconds": median, "n": len(spent)}
+                | {"seconds_low": min(spent), "seconds_high": max(spent)}
                 | {"of_products": operations / median / rates[precision], "products_gflops": rates[precision] / 1e9}
             )
+        views = views_of(config, 16)
         for precision in DTYPES:
-            shares += [
-                {"model": name, "precision": precision, **row} for row in profiled(steps[OURS, precision], views)
-            ]
+            step = CONTENDERS[OURS](config, precision)
+            step(views)
+            shares += [{"model": name, "precision": precision, **row} for row in profiled(step, views)]
     return _beside(pd.DataFrame(rows)), pd.DataFrame(shares)
 
 
-def warmed(step: Callable, views: Views, kept: bool) -> float:
-    """CPU seconds of a step after one that is not counted: it makes AdamW's moments and finds its memory."""
-    with kept_memory(torch.device("cpu")) if kept else contextlib.nullcontext():
-        step(views)
-        return timed(lambda: step(views))
+def alone(config: PretrainConfig, who: str, precision: str, steps: int) -> list[float]:
+    """`stepped` in a process of its own, as a user of one loop has it; nothing where the peer is not installed."""
+    told = [json.dumps(dataclasses.asdict(config)), who, precision, str(steps)]
+    done = subprocess.run([sys.executable, __file__, "--one", *told], capture_output=True, text=True)
+    if done.returncode:
+        print(f"{who} is left out: {done.stderr.strip().splitlines()[-1]}")
+        return []
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def contenders(config: PretrainConfig) -> dict[tuple[str, str], Callable]:
-    steps: dict[tuple[str, str], Callable] = {}
-    for precision in DTYPES:
-        steps[OURS, precision] = dino_peers.ours(config, made(config, fused=False), precision)
-        steps["authors' loop", precision] = dino_peers.plain(config, False, precision)
-        try:
-            steps["lightly", precision] = dino_peers.lightly(config, True, precision)  # timm's default attention
-            steps["lightly, plain attention", precision] = dino_peers.lightly(config, False, precision)
-        except ImportError as error:
-            print(f"lightly is left out: {error}")
-    alike = {(who + KEPT, precision): step for (who, precision), step in steps.items() if who in LIKE_OURS}
-    return steps | alike
+def stepped(config: PretrainConfig, who: str, precision: str, steps: int) -> list[float]:
+    """CPU seconds of steps after two that are not counted: they make AdamW's moments and find their memory."""
+    torch.set_num_threads(1)
+    views = views_of(config, 16)
+    with kept_memory(torch.device("cpu")) if who == OURS or who.endswith(KEPT) else contextlib.nullcontext():
+        step = CONTENDERS[who](config, precision)
+        for _ in range(2):
+            step(views)
+        return [timed(lambda: step(views)) for _ in range(steps)]
+
+
+def _ours(config: PretrainConfig, precision: str) -> Callable:
+    return dino_peers.ours(config, made(config, fused=False), precision)
+
+
+def _authors(config: PretrainConfig, precision: str) -> Callable:
+    return dino_peers.plain(config, False, precision)
+
+
+def _lightly(config: PretrainConfig, precision: str) -> Callable:
+    return dino_peers.lightly(config, False, precision)
+
+
+CONTENDERS = {
+    OURS: _ours,
+    "authors' loop": _authors,
+    "authors' loop" + KEPT: _authors,
+    "lightly": _lightly,  # with plain attention: timm's default one is slower here
+    "lightly" + KEPT: _lightly,
+}
 
 
 def _beside(table: pd.DataFrame) -> pd.DataFrame:
@@ -257,8 +280,7 @@ def growth(batch: int = 16, models: tuple[str, ...] = LADDER, measure: int = 1, 
         row["sharded"] = need["weights"] / ranks + need["activations"]
         row["link_seconds"] = 2 * (ranks - 1) / ranks * (need["weights"] / 5) / LINK
         if do:
-            step, views = dino_peers.ours(config, made(config, False), "float32"), views_of(config, 16)
-            row["seconds"] = warmed(step, views, kept=True)
+            row["seconds"] = stepped(config, OURS, "float32", 1)[0]
         rows.append(row)
 
     for k, name in enumerate(models):
@@ -391,14 +413,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(LADDER[:2]))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1200, help="of CPU time; the first turns are always done")
+    parser.add_argument("--one", nargs=4, help="config as JSON, contender, precision, steps: its seconds as JSON")
     parser.add_argument("--out", default=str(ROOT / "results" / "pretraining_speed.csv"))
     given = parser.parse_args()
+    if given.one:
+        config, who, precision, steps = given.one
+        print(json.dumps(stepped(make_config(**json.loads(config)), who, precision, int(steps))))
+        return
     device, tables = "cuda" if torch.cuda.is_available() else "cpu", []
     toy = {} if device == "cuda" else {**TOY, "global_px": 112, "local_px": 56}
     if "cpu" in given.parts:
         torch.set_num_threads(1)
-        table, shares = cpu(given.models, given.batch, given.repeats, given.seconds)
+        table, shares = cpu(given.models, given.batch, given.repeats)
         print(table.round(3).to_string(index=False), shares.round(3).to_string(index=False), sep="\n\n")
         tables += [table, shares.assign(part="profile")]
     if "growth" in given.parts:

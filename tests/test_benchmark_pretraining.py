@@ -73,8 +73,18 @@ def test_the_plain_loop_does_what_ours_does(precision, off):
     assert all(float(step(views)) != loss for step, loss in zip((plain, own), first, strict=True))
 
 
-def test_cpu_part_has_a_row_for_each_contender_and_says_how_ours_compares():
-    table, shares = pretraining.cpu([TI], 4, 1, 60, **TOY)
+def test_a_contender_is_timed_in_a_process_of_its_own(capfd):
+    (spent,) = pretraining.alone(toy(), "pathfm", "float32", 1)
+    assert 0 < spent < 60
+    assert pretraining.alone(toy(), "nobody", "float32", 1) == []
+    assert "nobody is left out: KeyError: 'nobody'" in capfd.readouterr().out
+
+
+def test_cpu_part_has_a_row_for_each_contender_and_says_how_ours_compares(monkeypatch):
+    monkeypatch.setattr(pretraining, "alone", pretraining.stepped)
+    without = {who: make for who, make in pretraining.CONTENDERS.items() if "lightly" not in who}
+    monkeypatch.setattr(pretraining, "CONTENDERS", without)
+    table, shares = pretraining.cpu([TI], 4, 1, 1, **TOY)
     ours = table[table["contender"] == "pathfm"].set_index("precision")
     others = table[(table["contender"] != "pathfm") & ~table["contender"].str.contains("kept")]
     others = others.groupby("precision")["images_per_s"].max()
