@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
-from pathfm.positions import covered_box, extent
+from pathfm.positions import BLOCKS, covered_box, extent, summarise
 from pathfm.scales import DECIMALS, Continuous, Values
 from pathfm.slide import MAX_UPSAMPLE, MPP_TOLERANCE, plan_read
 
@@ -23,6 +23,8 @@ class Slides(NamedTuple):
     masks: np.ndarray  # (S, 3) int64: first word, words per row, cell
     size: np.ndarray  # (S, 2) int64: width, height
     extent: np.ndarray  # (S, 4) int64: left, top, right, bottom of the tissue
+    blocks: np.ndarray  # (S, 64) uint64: `positions.summarise` of each mask
+    reach: np.ndarray  # (S,) int64: the side of its blocks
     mpp: np.ndarray  # (S,) float64: of level 0
     downsamples: np.ndarray  # (S,) tuples of level-0 px per pixel of each level
     scales: np.ndarray  # (S,) tuples of the fractions 1/scale of its size that a level decodes to
@@ -59,10 +61,10 @@ def slides_of(table: pd.DataFrame, words: np.ndarray, names) -> Slides:
     """From the rows of an index and hashes of the slides' names."""
     masks = table[["mask_start", "mask_words", "cell_px"]].to_numpy(np.int64)
     size = table[["width_px", "height_px"]].to_numpy(np.int64)
-    mpp, extents = table["mpp"].to_numpy(np.float64), _extents(words, masks, size)
+    mpp, seen = table["mpp"].to_numpy(np.float64), _seen(words, masks, size)
     scales = table["scales"] if "scales" in table else pd.Series("1", table.index)
     downsamples, scales = _tuples(table["levels"], float), _tuples(scales, int)
-    return Slides(words, masks, size, extents, mpp, downsamples, scales, np.array(names, np.uint64))
+    return Slides(words, masks, size, *seen, mpp, downsamples, scales, np.array(names, np.uint64))
 
 
 def _tuples(column: pd.Series, kind: type) -> np.ndarray:
@@ -73,13 +75,17 @@ def _tuples(column: pd.Series, kind: type) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _extents(words, masks, size):
-    found = np.empty((len(masks), 4), np.int64)
+def _seen(words, masks, size):
+    """Extent, blocks and reach of every mask."""
+    found, reach = np.empty((len(masks), 4), np.int64), np.empty(len(masks), np.int64)
+    blocks = np.zeros((len(masks), BLOCKS), np.uint64)
     for s in range(len(masks)):
         start, stride, cell = masks[s]
-        left, top, right, bottom = extent(words, start, stride, -(-size[s, 1] // cell))
+        width, height = -(-size[s, 0] // cell), -(-size[s, 1] // cell)
+        left, top, right, bottom = extent(words, start, stride, height)
         found[s, 0], found[s, 1], found[s, 2], found[s, 3] = left * cell, top * cell, right * cell, bottom * cell
-    return found
+        reach[s] = cell * summarise(words, start, stride, width, height, blocks[s])
+    return found, blocks, reach
 
 
 def footprint(

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 SLACK = 1e-9  # of the square's area: a position at exactly min_tissue stays in whatever the rounding
+BLOCKS = 64  # of a summary, across and down: a word a row
 _ONE, _FULL = np.uint64(1), np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -91,16 +92,13 @@ def _bits_between(words, start, first, stop) -> np.int64:
 
 
 @njit(cache=True, nogil=True)
-def covered(words, start, stride, cell, x, y, side, need=0.0) -> float:
-    """Tissue under the square at (x, y), read from the packed mask whose rows begin `stride` words apart.
-
-    Where it is less than `need`, any number less than `need`: rows below those that settle it are not read.
-    """
-    return covered_box(words, start, stride, cell, x, y, side, side, need)
+def covered(words, start, stride, cell, x, y, side) -> float:
+    """Tissue under the square at (x, y), read from the packed mask whose rows begin `stride` words apart."""
+    return covered_box(words, start, stride, cell, x, y, side, side)
 
 
 @njit(cache=True, nogil=True)
-def covered_box(words, start, stride, cell, x, y, across, down, need=0.0) -> float:
+def covered_box(words, start, stride, cell, x, y, across, down) -> float:
     """`covered` for a rectangle."""
     right, bottom = x + across, y + down
     i0, j0 = x // cell, y // cell
@@ -115,8 +113,43 @@ def covered_box(words, start, stride, cell, x, y, across, down, need=0.0) -> flo
             width += last_width * _bits_between(words, row, i1, i1 + 1)
             width += cell * _bits_between(words, row, i0 + 1, i1)
         area += width * (min(bottom, (j + 1) * cell) - max(y, j * cell))
-        if area + across * (bottom - (j + 1) * cell) < need - 1:  # a pixel for rounding
-            return area
+    return area
+
+
+@njit(cache=True, nogil=True)
+def summarise(words, start, stride, width, height, out):
+    """Sets bit i of out[j], (BLOCKS,) uint64, where block (i, j) of a packed mask has tissue; returns a block's cells.
+
+    A few bytes that tell most squares without tissue, where the mask itself would be fetched from memory.
+    """
+    block = -(-max(width, height) // BLOCKS)
+    for row in range(height):
+        found = out[row // block]
+        for k in range(stride):
+            word = words[start + row * stride + k]
+            if not word:
+                continue
+            for i in range(64 * k // block, (64 * k + 63) // block + 1):
+                low, high = max(i * block, 64 * k) - 64 * k, min((i + 1) * block, 64 * k + 64) - 64 * k
+                if word & (_FULL << np.uint64(low)) & (_FULL >> np.uint64(64 - high)):
+                    found |= _ONE << np.uint64(i)
+        out[row // block] = found
+    return block
+
+
+@njit(cache=True, nogil=True)
+def at_most(blocks, reach, x, y, side) -> float:
+    """What `covered` does not exceed: the square's area over blocks with tissue, `reach` level-0 px wide."""
+    right, bottom = x + side, y + side
+    first, stop = x // reach, min(math.ceil(right / reach), BLOCKS)
+    area = 0.0
+    for j in range(y // reach, min(math.ceil(bottom / reach), BLOCKS)):
+        row, width = blocks[j] >> np.uint64(first), 0.0
+        for i in range(first, stop):
+            if row & _ONE:
+                width += min(right, (i + 1) * reach) - max(x, i * reach)
+            row >>= _ONE
+        area += width * (min(bottom, (j + 1) * reach) - max(y, j * reach))
     return area
 
 

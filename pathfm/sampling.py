@@ -16,7 +16,7 @@ from pathfm.audit import audit
 from pathfm.errors import InputError
 from pathfm.footprints import Listed, Ranged, Slides, footprint
 from pathfm.philox import KEEP, MPP, PAIR, PLACE, RANK, START, below, fair, permuted, philox, unit
-from pathfm.positions import SLACK, covered, integral, least_area, search, unpack
+from pathfm.positions import SLACK, at_most, covered, integral, least_area, search, unpack
 
 __all__ = ["Draws", "Heat", "Sampler", "audit", "footprint", "permuted", "philox"]
 
@@ -64,7 +64,7 @@ def chances(keys, purpose):
 
 
 @njit(cache=True, nogil=True)
-def propose(key, i, redraw, words, masks, box, grid, side, min_tissue, values, heat, top):
+def propose(key, i, redraw, words, masks, blocks, reach, box, grid, side, min_tissue, values, heat, top):
     """(x, y, tissue fraction) of the first of TRIES uniform proposals that is taken, or x = -1.
 
     An admissible one is taken with probability weight / top, always where there are no weights.
@@ -81,7 +81,9 @@ def propose(key, i, redraw, words, masks, box, grid, side, min_tissue, values, h
             continue
         x = grid * (x0 + np.int64(one % np.uint64(columns)))
         y = grid * (y0 + np.int64(two % np.uint64(rows)))
-        area = covered(words, start, stride, cell, x, y, side, need)
+        if at_most(blocks, reach, x, y, side) < need - 1:  # a pixel for rounding
+            continue
+        area = covered(words, start, stride, cell, x, y, side)
         if area < need:
             continue
         if top > 0:
@@ -93,14 +95,17 @@ def propose(key, i, redraw, words, masks, box, grid, side, min_tissue, values, h
 
 
 @njit(cache=True, nogil=True)
-def place(keys, redraw, slide, words, masks, box, grid, side, min_tissue, values, heat, tops, x, y, tissue):
+def place(
+    keys, redraw, slide, words, masks, blocks, reach, box, grid, side, min_tissue, values, heat, tops, x, y, tissue
+):
     """Fill in x, y (-1 where proposals failed) and tissue, each (n,)."""
     for n in range(len(keys)):
         s = slide[n]
         row, top = (heat[s], tops[s]) if len(tops) else (masks[s], 0.0)
         x[n], y[n], tissue[n] = propose(
-            keys[n, 0], keys[n, 1], redraw, words, masks[s], box[n], grid[n], side[n], min_tissue, values, row, top
-        )
+            keys[n, 0], keys[n, 1], redraw, words, masks[s], blocks[s], reach[s], box[n], grid[n], side[n], min_tissue,
+            values, row, top,
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -215,8 +220,8 @@ class Sampler:
         x, y, tissue = np.empty(len(slide), np.int64), np.empty(len(slide), np.int64), np.empty(len(slide))
         t = self.slides
         place(
-            keys, np.uint64(redraw), slide, t.words, t.masks, spots.box, spots.grid, spots.side, self.min_tissue,
-            *self.heat, x, y, tissue,
+            keys, np.uint64(redraw), slide, t.words, t.masks, t.blocks, t.reach,
+            spots.box, spots.grid, spots.side, self.min_tissue, *self.heat, x, y, tissue,
         )  # fmt: skip
         return x, y, tissue
 

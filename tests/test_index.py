@@ -269,3 +269,26 @@ def test_open_slides_stay_bounded(slides, tmp_path, monkeypatch):
     for name in ("one", "two", "three", "one"):
         index.slide(name).read(0, 0, 8, 0.5)
     assert [path for path, *_ in kept._slides] == [str(slides["three"]), str(slides["one"])]
+
+
+@pytest.mark.parametrize(("size", "share"), [((40, 30), 0.3), ((64, 64), 0.02), ((700, 65), 0.01), ((130, 900), 0.001)])
+def test_a_summary_of_a_mask_bounds_the_tissue_of_any_square(size, share):
+    (width, height), cell, rng = size, 8, np.random.default_rng(0)
+    mask = rng.random((height, width)) < share
+    packed = positions.pack(mask)
+    blocks = np.zeros(positions.BLOCKS, np.uint64)
+    block = positions.summarise(packed.ravel(), 0, packed.shape[1], width, height, blocks)
+    assert block == -(-max(size) // positions.BLOCKS)
+    for j, row in enumerate(blocks.tolist()):
+        for i in range(positions.BLOCKS):
+            part = mask[j * block : (j + 1) * block, i * block : (i + 1) * block]
+            assert (row >> i & 1) == part.any(), (i, j)
+    tight = 0
+    for _ in range(300):
+        side = float(rng.uniform(1, cell * min(size)))
+        x, y = (int(rng.integers(0, cell * length - side + 1)) for length in size)
+        found = positions.covered(packed.ravel(), 0, packed.shape[1], cell, x, y, side)
+        bound = positions.at_most(blocks, block * cell, x, y, side)
+        assert found <= bound + 1e-6 and bound <= side * side + 1e-6
+        tight += bound < side * side / 2
+    assert share > 0.1 or tight > 10  # and it does settle something
