@@ -95,7 +95,7 @@ class Slide:
         self.tiles, self.first_level, self.scales = tiles, int(first_level), tuple(scales)
         self.reader = "ranges" if tiles is not None else "openslide"
         self.codec = ""
-        self.peer = None if tiles is not None else Fallback(self.path, fallback)
+        self.peer = None if tiles is not None else Fallback(self.path, fallback, version and version[0])
         self._source = None
         self._recipes: dict[int, Recipe] = {}
 
@@ -110,7 +110,7 @@ class Slide:
             directory = read_directory(source)
         except Unsupported as why:
             source.close()
-            return cls._by_openslide(path, mpp, str(why))
+            return cls._by_openslide(source, mpp, str(why))
         mpp = checked_mpp(mpp, path) if mpp is not None else mpp_of(directory.properties, path)
         full = directory.sizes[0]
         downsamples = [_downsample(full, size) for size in directory.sizes]
@@ -121,8 +121,9 @@ class Slide:
         return slide
 
     @classmethod
-    def _by_openslide(cls, path: str | Path, mpp: float | None, why: str) -> Slide:
-        peer = Fallback(str(path), why)
+    def _by_openslide(cls, source: Source, mpp: float | None, why: str) -> Slide:
+        path, version = source.path, (source.tag, source.size)
+        peer = Fallback(path, why, source.tag)
         handle = peer.handle
         width, height = handle.dimensions
         downsamples = [_downsample(handle.dimensions, size) for size in handle.level_dimensions]
@@ -132,7 +133,7 @@ class Slide:
         except InputError:
             peer.close()
             raise
-        slide = cls(path, width, height, mpp, downsamples, vendor=vendor, fallback=why)
+        slide = cls(path, width, height, mpp, downsamples, version=version, vendor=vendor, fallback=why)
         slide.peer = peer
         return slide
 

@@ -12,7 +12,7 @@ from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
 from test_slide import cubic
 
-from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading, source
+from pathfm import InputError, Slide, SlideIndex, TileStream, decode, fallback, reading, source
 from pathfm import index as index_module
 from pathfm.reading import Job, ReadPlan
 
@@ -92,11 +92,10 @@ def test_a_fraction_of_the_last_pixel_is_white(tmp_path):
 def mixed(tmp_path_factory) -> SlideIndex:
     """JPEG, lossless, and one that OpenSlide reads (RGBA)."""
     folder = tmp_path_factory.mktemp("mixed")
-    alpha = np.dstack([tissue_pixels(), np.full((512, 512), 255, np.uint8)])
     slides = {
         "jpeg": write_jpeg(folder / "jpeg.svs", tissue_pixels(512, 512, 1), levels=(1, 4)),
         "lossless": write_slide(folder / "lossless.tiff", tissue_pixels(), 0.5, (1, 2)),
-        "alpha": write_slide(folder / "alpha.tiff", alpha, 0.5, extrasamples=["unassalpha"]),
+        "alpha": write_alpha(folder / "alpha.tiff", tissue_pixels()),
     }
     return SlideIndex.build(cohort_of(slides), folder / "index", workers=0)
 
@@ -107,6 +106,9 @@ def test_the_index_says_how_each_slide_is_read(mixed):
     assert rows["fallback"]["alpha"] == "its pixels are not 8-bit RGB"
     assert rows["codec"].to_dict() == {"jpeg": "jpeg YCbCr 4:2:0 JFIF", "lossless": "uncompressed", "alpha": ""}
     assert rows["scales"].to_dict() == {"jpeg": "1 2 4 8", "lossless": "1", "alpha": "1"}
+    for row in rows.itertuples():
+        stat = os.stat(row.path)
+        assert (row.bytes, row.tag) == (stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
     packed = mixed.tiles.codes.nbytes + mixed.tiles.anchors.nbytes
     assert packed <= 5 * mixed.tiles.tiles
 
@@ -165,23 +167,69 @@ def test_a_slide_takes_its_own_part_of_the_map_along(mixed):
     assert np.array_equal(sent.read(70, 90, 64, 0.7), slide.read(70, 90, 64, 0.7))
 
 
-def copied(tmp_path, **settings):
-    path = write_jpeg(tmp_path / "a.svs", tissue_pixels(512, 512, 1))
+def write_alpha(path: Path, pixels: np.ndarray) -> Path:
+    """RGBA, which OpenSlide reads."""
+    alpha = np.full(pixels.shape[:2], 255, np.uint8)
+    return write_slide(path, np.dstack([pixels, alpha]), 0.5, extrasamples=["unassalpha"])
+
+
+WRITERS = {"ranges": write_jpeg, "openslide": write_alpha}
+
+
+def copied(tmp_path, reader="ranges", **settings):
+    path = WRITERS[reader](tmp_path / "a.svs", tissue_pixels(512, 512, 1))
     index = SlideIndex.build(cohort_of({"a": path}), tmp_path / "index", workers=0, **settings)
+    assert list(index.slides["reader"]) == [reader]
     return path, TileStream(index, tile_px=64)
 
 
-def test_a_file_that_changed_since_it_was_indexed_is_named(tmp_path):
-    path, stream = copied(tmp_path)
+CHANGED = r"a\.svs has changed since it was opened or indexed; index it again"
+
+
+@pytest.mark.parametrize("reader", WRITERS)
+def test_a_file_that_changed_since_it_was_indexed_is_named(tmp_path, reader):
+    path, stream = copied(tmp_path, reader)
     before = os.stat(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))
-    with pytest.raises(InputError, match=r"a\.svs has changed since it was opened or indexed; index it again"):
+    with pytest.raises(InputError, match=CHANGED):
         stream[0]
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert stream[0].image.shape == (64, 64, 3)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))  # while it is open
-    with pytest.raises(InputError, match=r"a\.svs has changed since it was opened or indexed"):
+    with pytest.raises(InputError, match=CHANGED):
         stream[0]
+
+
+def test_another_slide_in_its_place_is_named_where_openslide_reads(tmp_path):
+    """As large, and the first one was read before: neither its open file nor a tile kept of it is returned."""
+    path, stream = copied(tmp_path, "openslide")
+    indexed, opened = stream[0].image, Slide.open(path)
+    assert opened.read(0, 0, 512, 0.5).std() > 10
+    write_alpha(tmp_path / "b.svs", tissue_pixels(512, 512, 2))
+    os.replace(tmp_path / "b.svs", path)
+    for read in (lambda: stream[0], lambda: opened.read(0, 0, 64, 0.5)):
+        with pytest.raises(InputError, match=CHANGED):
+            read()
+    again = TileStream(SlideIndex.build(cohort_of({"a": path}), tmp_path / "index", workers=0), tile_px=64)
+    assert not np.array_equal(again[0].image, indexed)
+    path.write_bytes(b"no slide any more")
+    with pytest.raises(InputError, match=CHANGED):
+        again[0]
+
+
+@pytest.mark.parametrize(("where", "name"), [(fallback, "_opened"), (fallback.openslide.OpenSlide, "read_region")])
+def test_a_file_that_changes_just_then_is_named(tmp_path, monkeypatch, where, name):
+    """While OpenSlide opens it, and while it reads."""
+    path, real = write_alpha(tmp_path / "a.svs", tissue_pixels()), getattr(where, name)
+
+    def touched(*how):
+        os.utime(path, ns=(0, 1))
+        return real(*how)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=CHANGED):
+        patch.setattr(where, name, touched)
+        Slide.open(path).read(0, 0, 64, 0.5)
+    assert Slide.open(path).read(0, 0, 64, 0.5).shape == (64, 64, 3)
 
 
 def test_with_a_crc_any_flipped_byte_is_named(tmp_path):
