@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -14,7 +15,9 @@ from test_slide import cubic
 
 from pathfm import InputError, Slide, SlideIndex, TileStream, decode, fallback, reading, source
 from pathfm import index as index_module
+from pathfm.__main__ import main
 from pathfm.reading import Job, ReadPlan
+from pathfm.tilemap import tiles_of
 
 SIDE = 100
 
@@ -232,19 +235,70 @@ def test_a_file_that_changes_just_then_is_named(tmp_path, monkeypatch, where, na
     assert Slide.open(path).read(0, 0, 64, 0.5).shape == (64, 64, 3)
 
 
+def flips(tiles, number: int) -> list[tuple[int, int, int, int]]:
+    """(level, tile, place in the file, what to change there) of random bytes, all of compressed tiles alike."""
+    rng, places = np.random.default_rng(0), []
+    for level, facts in enumerate(tiles.levels):
+        for tile, (start, length) in enumerate(zip(*tiles.find(level, range(tiles_of(facts))), strict=True)):
+            places.append((level, tile, int(start), int(length)))
+    assert len(places) == tiles.tiles
+    ends = np.cumsum([length for *_, length in places])
+    found = []
+    for at in rng.integers(ends[-1], size=number):
+        level, tile, start, length = places[k := int(np.searchsorted(ends, at, side="right"))]
+        found.append((level, tile, start + int(at - ends[k]) + length, int(rng.integers(1, 256))))
+    return found
+
+
 def test_with_a_crc_any_flipped_byte_is_named(tmp_path):
-    path, stream = copied(tmp_path, checksums=True)
-    stat, data = os.stat(path), bytearray(path.read_bytes())
-    start, length = (int(found[0]) for found in stream.index.tiles.find(0, [0]))
-    for at in (start, start + length // 2, start + length - 1):
-        spoilt = data.copy()
-        spoilt[at] ^= 1
-        path.write_bytes(spoilt)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        slide = SlideIndex.open(stream.index.folder)._slide(stream.index._row("a"))
-        with pytest.raises(InputError, match=r"a\.svs is damaged: compressed tile 0 of level 0 .*CRC-32"):
-            slide.read(0, 0, 64, 0.5)
-    assert stream.index.tiles.checks.dtype == np.uint32
+    """Random bytes of all compressed tiles, each tile read by one pixel of it; without a CRC many pass."""
+    pixels, side, passed = tissue_pixels(300, 260, 1), 64, 0
+    path = write_jpeg(tmp_path / "a.svs", pixels, side=side, levels=(1, 2))
+    cohort = cohort_of({"a": path})
+    checked, bare = (
+        SlideIndex.build(cohort, tmp_path / str(with_crc), workers=0, checksums=with_crc) for with_crc in (True, False)
+    )
+    assert checked.tiles.checks.dtype == np.uint32
+    assert (len(checked.tiles.checks), len(bare.tiles.checks)) == (checked.tiles.tiles, 0)
+    stat, slides = os.stat(path), [index._slide(index._row("a")) for index in (checked, bare)]
+    for level, tile, at, change in flips(checked.tiles, 200):
+        down = slides[0].level_downsamples[level]
+        row, column = divmod(tile, -(-int(300 // down) // side))
+        plan = ReadPlan(level, down, 0.5 * down, 1, False)
+        jobs = [Job(slide, plan, column * side * down, row * side * down, 1, 1) for slide in slides]
+        with flipped(path, at, change, stat):
+            with pytest.raises(
+                InputError, match=rf"a\.svs is damaged: compressed tile {tile} of level {level} .*CRC-32"
+            ):
+                reading.read(jobs[:1])
+            with contextlib.suppress(InputError):
+                passed += len(reading.read(jobs[1:]))
+        assert reading.read(jobs[:1])[0].shape == (1, 1, 3)
+    assert passed > 20
+
+
+@contextlib.contextmanager
+def flipped(path: Path, at: int, change: int, stat: os.stat_result):
+    """A file with another byte at one place, for a while, and its old time."""
+    with open(path, "r+b", buffering=0) as file:
+        byte = os.pread(file.fileno(), 1, at)[0]
+        for value in (byte ^ change, byte):
+            os.pwrite(file.fileno(), bytes([value]), at)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            if value != byte:
+                yield
+
+
+def test_an_index_with_checksums_keeps_them(tmp_path, capsys):
+    """Switched on from the shell; what builds the same index afterwards says nothing of them."""
+    path = write_jpeg(tmp_path / "a.svs", tissue_pixels(512, 512, 1))
+    csv, folder = cohort_of({"a": path}).write(tmp_path / "cohort.csv"), tmp_path / "index"
+    stored = []
+    for more in ([], ["--checksums", "true"], [], ["--checksums", "false"]):
+        assert main(["index", str(csv), "--folder", str(folder), *more]) == 0
+        stored.append(len(SlideIndex.open(folder).tiles.checks))
+    assert stored == [0, 4, 4, 0]
+    capsys.readouterr()
 
 
 def test_a_damaged_tile_is_named_with_its_place(tmp_path):
