@@ -36,9 +36,11 @@ def plan_read(
 
     scales   the fractions 1/scale of its size that a level decodes to, 1 among them
 
-    A level, or a fraction of one, within 1 % of `mpp` passes through with its own true mpp; otherwise the coarsest
-    that is at least as fine is resampled to exactly `mpp`. `resample="always"` never passes through, and resamples
-    whole levels only, so that every tile has been through the same filter.
+    A level, or a fraction of one, passes through with its own true mpp where it is a whole multiple of level 0 and
+    within 1 % of `mpp`; otherwise the coarsest that is at least as fine is resampled to exactly `mpp`. One at 3.7 times
+    level 0 is always resampled: tiles lie on whole level-0 pixels, which are not whole pixels of such a level, so that
+    its own pixels would lie up to half a pixel beside what the tile's name says. `resample="always"` never passes
+    through, and resamples whole levels only, so that every tile has been through the same filter.
     """
     if resample not in ("auto", "always"):
         raise InputError(f"resample={resample!r} is neither 'auto' nor 'always'")
@@ -163,8 +165,8 @@ class Slide:
         mpp      microns per pixel; `plan(mpp).mpp` says the true value where a level passes through:
                  one at a whole multiple of level 0 within 1 % of it
 
-        Outside the slide is white. Off the plan's grid a level that would pass through is shifted by
-        interpolation at its own mpp.
+        Outside the slide is white, and so is a compressed tile of no bytes, which scanners leave where they saw
+        nothing. Off the plan's grid a level that would pass through is shifted by interpolation at its own mpp.
         """
         return self.region(x, y, side_px, side_px, mpp, max_upsample, resample)
 
