@@ -67,6 +67,29 @@ def test_pixels_agree_with_a_float64_reference(fine, mpp):
         assert decibels(image, reference(fine, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
 
 
+REAL = {  # mpp: (level, scale, resampled) for 0.499 um/px and levels 1-2-4-8
+    0.5: (0, 1, False),
+    0.7: (0, 1, True),
+    1.0: (1, 1, False),
+    1.5: (1, 1, True),
+    2.0: (2, 1, False),
+    8.0: (3, 2, False),
+    10.0: (3, 2, True),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("mpp", REAL)
+def test_pixels_of_a_real_pyramid_agree_with_a_float64_reference(real_data, mpp):
+    with Slide.open(real_data / "slides" / "derived_cmu1_region_pyramid.tiff") as slide:
+        plan = slide.plan(mpp)
+        assert (plan.level, plan.scale, plan.resampled) == REAL[mpp]
+        for x, y in ((96, 160), (208, 800)):
+            image = slide.read(x, y, SIDE, mpp)
+            assert image.std() > 10
+            assert decibels(image, reference(slide, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
+
+
 @pytest.mark.parametrize("mpp", SERVED)
 def test_a_tile_lies_where_its_name_says(fine, mpp):
     plan = fine.plan(mpp)
