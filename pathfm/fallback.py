@@ -37,10 +37,12 @@ class Fallback:
     @property
     def handle(self) -> openslide.OpenSlide:
         """Raises InputError that says what is wrong with the file, or that it has changed."""
-        if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _opened(self.path, self.why), os.getpid()
+        handle = self._handle  # another thread may let go of it meanwhile
+        if handle is None or self._pid != os.getpid():
+            handle = self._handle = _opened(self.path, self.why)
+            self._pid = os.getpid()
             self.check()
-        return self._handle
+        return handle
 
     def check(self) -> None:
         """Raises InputError where the file is another than the one of `tag`."""
