@@ -12,6 +12,7 @@ from PIL import Image
 
 from pathfm import stores
 from pathfm.errors import InputError
+from pathfm.source import DiskSource
 from pathfm.tilemap import Wanted
 
 CACHE_BYTES = 64 * 2**20  # of decoded tiles, for all slides that OpenSlide reads in a process together
@@ -22,18 +23,32 @@ class Fallback:
     """A slide as OpenSlide reads it: opened when first used, anew in a process that was forked; picklable.
 
     why   its compressed tiles cannot be read from here; part of what is said where OpenSlide cannot either
+    tag   of the version of the file that was opened or indexed, as `Source` has it; None: whichever there is
+
+    OpenSlide itself does not notice that a file changes under it. So the file is looked at when it is opened, and
+    before and after every window: a changed one is named, and pixels of another version are not returned. Of a slide
+    in several files (MRXS, DICOM) this sees the one that is named.
     """
 
-    def __init__(self, path: str, why: str):
-        self.path, self.why = path, why
+    def __init__(self, path: str, why: str, tag: str | None = None):
+        self.path, self.why, self.tag = path, why, tag
         self._handle = self._pid = None
 
     @property
     def handle(self) -> openslide.OpenSlide:
-        """Raises InputError that says what is wrong with the file."""
-        if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _opened(self.path, self.why), os.getpid()
-        return self._handle
+        """Raises InputError that says what is wrong with the file, or that it has changed."""
+        handle = self._handle  # another thread may let go of it meanwhile
+        if handle is None or self._pid != os.getpid():
+            handle = self._handle = _opened(self.path, self.why)
+            self._pid = os.getpid()
+            self.check()
+        return handle
+
+    def check(self) -> None:
+        """Raises InputError where the file is another than the one of `tag`."""
+        if self.tag is not None and DiskSource.look(self.path).tag != self.tag:
+            self._handle = None  # closed when the last reader lets go of it
+            raise InputError(stores.changed(self.path))
 
     def window(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, float]]:
         """Pixels of a level on white, and how far right and down of the corner they lie.
@@ -41,6 +56,7 @@ class Fallback:
         OpenSlide takes whole level-0 positions and divides them by its own downsample (4.0003), so that the
         corner it reads can be off by up to half a level-0 pixel; the distance is in level pixels.
         """
+        self.check()
         handle = self.handle
         down = handle.level_downsamples[wanted.level]
         x, y = round(wanted.left * down), round(wanted.top * down)
@@ -48,10 +64,12 @@ class Fallback:
             image = handle.read_region((x, y), wanted.level, (wanted.width, wanted.height))
         except openslide.OpenSlideError as error:
             self._handle = None  # OpenSlide refuses every read after a failed one
+            self.check()
             raise InputError(
                 f"{self.path} is damaged: reading level {wanted.level} at ({x}, {y}) failed with '{error}'; "
                 "fetch the file again"
             ) from None
+        self.check()
         return np.array(on_white(image)), (wanted.left - x / down, wanted.top - y / down)
 
     def close(self) -> None:

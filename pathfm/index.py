@@ -63,7 +63,7 @@ class SlideIndex:
         folder: str | Path | None = None,
         workers: int | None = None,
         scheduler: str | None = None,
-        checksums: bool = False,
+        checksums: bool | None = None,
     ) -> SlideIndex:
         """The index of a cohort, made in parallel; what an earlier, interrupted build finished is kept.
 
@@ -74,12 +74,14 @@ class SlideIndex:
         checksums  store a CRC-32 of every compressed tile, 4 bytes each, against which every read is held: any
                    changed byte is then an error. All files are read once. Without, damage is found where the file
                    or the decoder can show it in the rows that a read needs, and a flipped bit may pass as
-                   another picture
+                   another picture. Slides that OpenSlide reads have none. None: as the index that is in `folder`
+                   already, no where there is none
 
         A slide that cannot be read is quarantined with its reason, and so is one that ends the process reading it.
         Raises InputError where that is every one, `folder` cannot be written, or the scheduler is not to be had.
         """
         folder = Path(folder) if folder else cache_dir() / "index" / _cohort_key(cohort)
+        checksums = _checked(folder) if checksums is None else bool(checksums)
         found, todo, size = {}, {}, 0
         for row, source in zip(cohort, open_all(cohort.table["path"].tolist()), strict=True):
             if isinstance(source, InputError):
@@ -97,7 +99,7 @@ class SlideIndex:
         with contextlib.closing(results):
             for slide_id, result in progress(results, "indexing", len(todo), "slide"):
                 found[slide_id] = result if isinstance(result, str) else _keep(folder / "parts", *result)
-        _merge(cohort, folder, found)
+        _merge(cohort, folder, found, checksums)
         return cls.open(folder)
 
     @classmethod
@@ -241,6 +243,12 @@ def _cohort_key(cohort: Cohort) -> str:
     return f"{cohort.name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
+def _checked(folder: Path) -> bool:
+    """Whether the index in a folder has checksums, so that whoever opens it next does not make it anew without."""
+    about = folder / "index.json"
+    return about.is_file() and bool(read_json(about).get("checksums"))
+
+
 def _part(identity: str, mpp, checksums: bool) -> str:
     """Name of the finished scan of one version of a file."""
     return f"{hashlib.blake2b(f'{VERSION} {identity} {mpp} {checksums}'.encode(), digest_size=16).hexdigest()}.npz"
@@ -267,7 +275,7 @@ def _crash(path: str, *_) -> str:
     return f"{scan.shown_name(path)} crashes its reader; fetch the file again or leave it out"
 
 
-def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
+def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str], checksums: bool) -> None:
     """Write slides.csv, the arrays and, last, index.json from the parts; nothing where they are there already.
 
     One part is in memory at a time.
@@ -293,7 +301,7 @@ def _merge(cohort: Cohort, folder: Path, found: dict[str, Path | str]) -> None:
     kept = cohort.table.drop(columns=[column for column in facts if column in cohort.table])
     table = pd.concat([kept, facts], axis=1).to_csv(index=False)
     content = hashlib.blake2b("".join([table, *map(str, found.values())]).encode(), digest_size=16).hexdigest()
-    about = {"version": VERSION, "cohort": cohort.name, "slides": len(rows), "content": content}
+    about = {"version": VERSION, "cohort": cohort.name, "slides": len(rows), "content": content, "checksums": checksums}
     if (folder / "index.json").is_file() and read_json(folder / "index.json") == about:
         return
     with explained(folder / "index.json"), FileLock(folder / ".lock"):

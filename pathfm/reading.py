@@ -1,4 +1,7 @@
-"""Rectangles of slides at any scale, many together: plan, fetch, decode each compressed tile once, paste, resample."""
+"""Rectangles of slides at any scale, many together: plan, fetch, decode, paste, resample.
+
+A compressed tile that several rectangles need is fetched once, and decoded once per scale.
+"""
 
 from __future__ import annotations
 

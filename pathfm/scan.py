@@ -15,7 +15,7 @@ from pathfm.sampling import footprint
 from pathfm.slide import Slide
 from pathfm.tilemap import TileMap
 
-VERSION = 5  # of what is stored and how masks are made; an index of another version is made anew
+VERSION = 6  # of what is stored and how masks are made; an index of another version is made anew
 STANDARD_MPP = (0.25, 0.5, 1.0, 2.0)  # index.slides counts admissible positions at these,
 STANDARD_TILE_PX, STANDARD_MIN_TISSUE = 256, 0.4  # for tiles of this size
 LEAST_SIDE_PX = 64  # no tile fits a smaller slide
@@ -73,8 +73,8 @@ def scan(path: str, mpp: float | None, checksums: bool) -> dict:
             "fallback": slide.fallback,
             "codec": slide.codec,
             "scales": " ".join(map(str, slide.scales)),
-            "tag": slide.version[0] if slide.version else "",
-            "bytes": slide.version[1] if slide.version else 0,
+            "tag": slide.version[0],
+            "bytes": slide.version[1],
         }
         tiles = slide.tiles or tilemap.empty()
         if checksums and slide.tiles is not None:

@@ -36,9 +36,11 @@ def plan_read(
 
     scales   the fractions 1/scale of its size that a level decodes to, 1 among them
 
-    A level, or a fraction of one, within 1 % of `mpp` passes through with its own true mpp; otherwise the coarsest
-    that is at least as fine is resampled to exactly `mpp`. `resample="always"` never passes through, and resamples
-    whole levels only, so that every tile has been through the same filter.
+    A level, or a fraction of one, passes through with its own true mpp where it is a whole multiple of level 0 and
+    within 1 % of `mpp`; otherwise the coarsest that is at least as fine is resampled to exactly `mpp`. One at 3.7 times
+    level 0 is always resampled: tiles lie on whole level-0 pixels, which are not whole pixels of such a level, so that
+    its own pixels would lie up to half a pixel beside what the tile's name says. `resample="always"` never passes
+    through, and resamples whole levels only, so that every tile has been through the same filter.
     """
     if resample not in ("auto", "always"):
         raise InputError(f"resample={resample!r} is neither 'auto' nor 'always'")
@@ -95,7 +97,7 @@ class Slide:
         self.tiles, self.first_level, self.scales = tiles, int(first_level), tuple(scales)
         self.reader = "ranges" if tiles is not None else "openslide"
         self.codec = ""
-        self.peer = None if tiles is not None else Fallback(self.path, fallback)
+        self.peer = None if tiles is not None else Fallback(self.path, fallback, version and version[0])
         self._source = None
         self._recipes: dict[int, Recipe] = {}
 
@@ -110,7 +112,7 @@ class Slide:
             directory = read_directory(source)
         except Unsupported as why:
             source.close()
-            return cls._by_openslide(path, mpp, str(why))
+            return cls._by_openslide(source, mpp, str(why))
         mpp = checked_mpp(mpp, path) if mpp is not None else mpp_of(directory.properties, path)
         full = directory.sizes[0]
         downsamples = [_downsample(full, size) for size in directory.sizes]
@@ -121,8 +123,9 @@ class Slide:
         return slide
 
     @classmethod
-    def _by_openslide(cls, path: str | Path, mpp: float | None, why: str) -> Slide:
-        peer = Fallback(str(path), why)
+    def _by_openslide(cls, source: Source, mpp: float | None, why: str) -> Slide:
+        path, version = source.path, (source.tag, source.size)
+        peer = Fallback(path, why, source.tag)
         handle = peer.handle
         width, height = handle.dimensions
         downsamples = [_downsample(handle.dimensions, size) for size in handle.level_dimensions]
@@ -132,7 +135,7 @@ class Slide:
         except InputError:
             peer.close()
             raise
-        slide = cls(path, width, height, mpp, downsamples, vendor=vendor, fallback=why)
+        slide = cls(path, width, height, mpp, downsamples, version=version, vendor=vendor, fallback=why)
         slide.peer = peer
         return slide
 
@@ -162,8 +165,8 @@ class Slide:
         mpp      microns per pixel; `plan(mpp).mpp` says the true value where a level passes through:
                  one at a whole multiple of level 0 within 1 % of it
 
-        Outside the slide is white. Off the plan's grid a level that would pass through is shifted by
-        interpolation at its own mpp.
+        Outside the slide is white, and so is a compressed tile of no bytes, which scanners leave where they saw
+        nothing. Off the plan's grid a level that would pass through is shifted by interpolation at its own mpp.
         """
         return self.region(x, y, side_px, side_px, mpp, max_upsample, resample)
 

@@ -61,7 +61,9 @@ class TileStream:
     common_mpp        keep only slides that serve every mpp; otherwise weights are renormalised on each slide
     tiles_per_slide   draw among this many fixed (mpp, position) pairs per slide; fewer are a subset of more
     max_upsample      how much finer than the slide an mpp may be
-    resample          "auto" returns a level within 1 % of the mpp as it is; "always" filters every tile alike
+    resample          "auto" returns a level, or a fraction of one, as it is where it is a whole multiple of level 0
+                      within 1 % of the mpp; others are always resampled, for their pixels lie beside the whole level-0
+                      pixels that tiles lie on. "always" filters every tile alike
     balance           columns whose classes share the tiles alike, outer to inner: "patient", ("label", "patient")
     slide_weights     of slides (within the innermost class): a column such as "tissue_mm2" for tissue area,
                       {slide_id: weight}, or one number for each of index.usable; None: all alike
@@ -219,7 +221,7 @@ class TileStream:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Tile]:
-        """The tiles of these numbers: planned together, fetched together, each compressed tile decoded once.
+        """The tiles of these numbers: planned and fetched together, each compressed tile decoded once per scale.
 
         Of slides in a store or on a server, the bytes of the next numbers are asked for meanwhile (`Prefetch`).
         """

@@ -1,11 +1,15 @@
 """Damaged slides: whatever is done to the bytes of a file, it is read, or an InputError names it.
 
-`python tests/damage.py 2000` tries so many; the tests try fewer.
+`python tests/damage.py 2000` tries so many; the tests try fewer. They are tried in processes of their own, so that a
+crash or a hang, in whichever library, ends one of these and is named, and the file that did it is kept.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -13,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 from compressed_files import jpeg2000, texture, tiles_of, write_jpeg, write_jpeg2000
-from slide_files import write_slide
+from slide_files import write_ome, write_philips, write_slide
 
 from pathfm import InputError, Slide
 
 LONGEST_S = 20  # a read that takes longer hangs
+PART = 250  # files a process
 
 
 def sound(folder: Path) -> list[Path]:
@@ -30,19 +35,24 @@ def sound(folder: Path) -> list[Path]:
         write_slide(folder / "c.tiff", pixels, 0.5, (1, 2), compression="lzw"),
         write_slide(folder / "d.tiff", pixels, 0.5, compression="deflate", predictor=True),
         write_jpeg2000(folder / "e.svs", streams, (200, 136), 128, 33005),
+        write_ome(folder / "f.ome.tif", pixels),
+        write_philips(folder / "g.tiff", pixels),
     ]
     return slides
 
 
 def spoil(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut short, or with some bits changed, half of them near the file's beginning or end, where directories lie."""
+    """Cut short, or with some bits and bytes changed, half of them near the file's beginning or end, where directories
+    lie.
+    """
     spoilt = bytearray(data)
     if rng.random() < 0.3:
         return bytes(spoilt[: rng.integers(0, len(data))])
     for _ in range(rng.integers(1, 9)):
         reach = len(data) if rng.random() < 0.5 else min(900, len(data))
         at = int(rng.integers(0, reach))
-        spoilt[at if rng.random() < 0.5 else len(data) - 1 - at] ^= 1 << int(rng.integers(0, 8))
+        change = 1 << int(rng.integers(0, 8)) if rng.random() < 0.5 else int(rng.integers(1, 256))
+        spoilt[at if rng.random() < 0.5 else len(data) - 1 - at] ^= change
     return bytes(spoilt)
 
 
@@ -60,31 +70,49 @@ def outcome(path: Path) -> str:
     return "read"
 
 
-def late(signum, frame):
-    raise TimeoutError("a damaged slide is read without end")
-
-
 def try_out(number: int, seed: int, folder: Path) -> Counter:
-    """How `number` damaged files came out. Raises at the first that neither reads nor is named."""
+    """How `number` damaged files came out. Raises at the first that neither reads nor is named; a hang ends all.
+
+    The last file tried stays in `folder`.
+    """
     rng, outcomes = np.random.default_rng(seed), Counter()
-    originals = [(path.suffix, path.read_bytes()) for path in sound(folder)]
-    before = signal.signal(signal.SIGALRM, late)
-    try:
-        for k in range(number):
-            suffix, data = originals[k % len(originals)]
-            path = folder / f"spoilt{suffix}"
-            path.write_bytes(spoil(data, rng))
-            signal.alarm(LONGEST_S)
-            outcomes[outcome(path)] += 1
-    except Exception:
-        print(f"damaged file number {k} of seed {seed}: {path}", file=sys.stderr)
-        raise
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    paths = sound(folder)
+    assert {outcome(path) for path in paths} == {"read"}
+    originals = [(path.suffix, path.read_bytes()) for path in paths]
+    for k in range(number):
+        suffix, data = originals[k % len(originals)]
+        path = folder / f"spoilt{suffix}"
+        for other in folder.glob("spoilt*"):
+            other.unlink()
+        path.write_bytes(spoil(data, rng))
+        signal.alarm(LONGEST_S)
+        outcomes[outcome(path)] += 1
+    signal.alarm(0)
+    return outcomes
+
+
+def try_apart(number: int, seed: int) -> Counter:
+    """`try_out` in a process of its own. Raises AssertionError that names the file, wherever that process ended."""
+    folder = Path(tempfile.mkdtemp(prefix="damage-"))
+    command = [sys.executable, __file__, "part", str(number), str(seed), str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        last, how = next(folder.glob("spoilt*"), folder), ended.returncode
+        reason = "hangs" if how == -signal.SIGALRM else f"ends the process with {how}: {ended.stderr[-2000:]}"
+        raise AssertionError(f"{last} (seed {seed}) {reason}")
+    shutil.rmtree(folder)
+    return Counter(json.loads(ended.stdout))
+
+
+def main(number: int = 2000) -> Counter:
+    outcomes = Counter()
+    for seed, first in enumerate(range(0, number, PART)):
+        outcomes += try_apart(min(PART, number - first), seed)
     return outcomes
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        print(dict(try_out(int(sys.argv[1]) if len(sys.argv) > 1 else 2000, 0, Path(temporary))))
+    if sys.argv[1:2] == ["part"]:
+        print(json.dumps(try_out(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))))
+    else:
+        print(dict(main(*map(int, sys.argv[1:]))))

@@ -33,6 +33,46 @@ def write_slide(path: Path, pixels: np.ndarray, mpp=0.5, levels=(1,), **tiff) ->
     return path
 
 
+def halves(pixels: np.ndarray, *factors: int) -> list[np.ndarray]:
+    """The pixels averaged by each factor."""
+    return [np.round(shrink(pixels, factor)).astype(np.uint8) for factor in factors]
+
+
+def write_ome(path: Path, pixels: np.ndarray, unit: str = "µm", size: float = 0.25) -> Path:
+    """OME-TIFF whose upper levels are sub-images of the first page."""
+    metadata = {"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeY": size}
+    metadata |= {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
+    with tifffile.TiffWriter(path, ome=True, bigtiff=True) as file:
+        file.write(pixels, subifds=2, metadata=metadata, compression="lzw", **TILED)
+        for level in halves(pixels, 2, 4):
+            file.write(level, subfiletype=1, compression="lzw", **TILED)
+    return path
+
+
+TILED = {"tile": (64, 64), "photometric": "rgb"}
+PHILIPS = """<?xml version="1.0" encoding="UTF-8" ?>
+<DataObject ObjectType="DPUfsImport"><Attribute Name="PIM_DP_SCANNED_IMAGES"><Array>
+<DataObject ObjectType="DPScannedImage"><Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>
+<Attribute Name="DICOM_PIXEL_SPACING">"0.00025" "0.00025"</Attribute>
+<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE"><Array>{}</Array></Attribute></DataObject>
+</Array></Attribute></DataObject>"""
+PHILIPS_LEVEL = """<DataObject ObjectType="PixelDataRepresentation">
+<Attribute Name="DICOM_PIXEL_SPACING">"{0:g}" "{0:g}"</Attribute></DataObject>"""
+
+
+def write_philips(path: Path, pixels: np.ndarray) -> Path:
+    """A TIFF as Philips exports it: 0.25 um/px, upper levels padded to whole tiles, which its XML tells apart."""
+    spacings = "".join(PHILIPS_LEVEL.format(0.00025 * down) for down in (1, 2, 4))
+    with tifffile.TiffWriter(path) as file:
+        for number, level in enumerate([pixels, *halves(pixels, 2, 4)]):
+            size = [-(-side // 64) * 64 for side in level.shape[:2]]
+            padded = np.zeros((*size, 3), np.uint8)
+            padded[: level.shape[0], : level.shape[1]] = level
+            about = {"description": PHILIPS.format(spacings), "software": "Philips DP v1.0"} if not number else {}
+            file.write(padded, subfiletype=int(number > 0), metadata=None, **about, **TILED)
+    return path
+
+
 def tissue_pixels(width: int = 512, height: int = 512, seed: int = 0) -> np.ndarray:
     """A pink square with purple dots in the middle of white."""
     rng = np.random.default_rng(seed)

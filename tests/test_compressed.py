@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,9 @@ from slide_files import shrink
 
 from pathfm import Slide, decode
 from pathfm.decode import Damaged
+from pathfm.storage import cache_dir
+from pathfm.synthetic import generator_hash
+from pathfm.synthetic.cohorts import specs
 
 
 def largest_difference(slide: Slide, squares: int = 12, side: int = 90) -> int:
@@ -81,6 +85,18 @@ def test_synthetic_slides_are_read_as_openslide_reads_them(cohort):
         slide = Slide.open(path)
         assert slide.reader == "ranges"
         assert largest_difference(slide, squares=8) == 0
+
+
+def test_the_embedded_cohort_is_read_as_openslide_reads_it():
+    """`make test` draws it before the tests: some random squares of every level of all of its slides."""
+    folder = cache_dir() / f"embedded-{generator_hash()}"
+    paths = sorted(folder.glob("*.svs"))
+    if len(paths) < len(specs("embedded")):
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("draw it: python -m pathfm cohort embedded")
+    for path in paths:
+        with Slide.open(path) as slide:
+            assert slide.reader == "ranges"
+            assert largest_difference(slide, squares=3) == 0, path.name
 
 
 @pytest.mark.real

@@ -73,10 +73,13 @@ def test_packing_is_a_round_trip():
 
 
 def test_processes_make_the_same_index(slides, tmp_path):
-    alone = SlideIndex.build(cohort_of(slides), tmp_path / "alone", workers=0)
-    together = SlideIndex.build(cohort_of(slides), tmp_path / "together", workers=2)
+    alone = SlideIndex.build(cohort_of(slides), tmp_path / "alone", workers=0, checksums=True)
+    together = SlideIndex.build(cohort_of(slides), tmp_path / "together", workers=2, checksums=True)
     assert alone.slides.equals(together.slides)
     assert np.array_equal(alone.words, together.words)
+    for name, array in alone.tiles._asdict().items():
+        assert np.array_equal(array, getattr(together.tiles, name)), name
+    assert len(alone.tiles.checks) == alone.tiles.tiles > 3 * 64
 
 
 def test_a_killed_build_goes_on_where_it_was(slides, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -12,9 +13,11 @@ from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
 from test_slide import cubic
 
-from pathfm import InputError, Slide, SlideIndex, TileStream, decode, reading, source
+from pathfm import InputError, Slide, SlideIndex, TileStream, decode, fallback, reading, source
 from pathfm import index as index_module
+from pathfm.__main__ import main
 from pathfm.reading import Job, ReadPlan
+from pathfm.tilemap import tiles_of
 
 SIDE = 100
 
@@ -64,6 +67,29 @@ def test_pixels_agree_with_a_float64_reference(fine, mpp):
         assert decibels(image, reference(fine, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
 
 
+REAL = {  # mpp: (level, scale, resampled) for 0.499 um/px and levels 1-2-4-8
+    0.5: (0, 1, False),
+    0.7: (0, 1, True),
+    1.0: (1, 1, False),
+    1.5: (1, 1, True),
+    2.0: (2, 1, False),
+    8.0: (3, 2, False),
+    10.0: (3, 2, True),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("mpp", REAL)
+def test_pixels_of_a_real_pyramid_agree_with_a_float64_reference(real_data, mpp):
+    with Slide.open(real_data / "slides" / "derived_cmu1_region_pyramid.tiff") as slide:
+        plan = slide.plan(mpp)
+        assert (plan.level, plan.scale, plan.resampled) == REAL[mpp]
+        for x, y in ((96, 160), (208, 800)):
+            image = slide.read(x, y, SIDE, mpp)
+            assert image.std() > 10
+            assert decibels(image, reference(slide, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
+
+
 @pytest.mark.parametrize("mpp", SERVED)
 def test_a_tile_lies_where_its_name_says(fine, mpp):
     plan = fine.plan(mpp)
@@ -92,11 +118,10 @@ def test_a_fraction_of_the_last_pixel_is_white(tmp_path):
 def mixed(tmp_path_factory) -> SlideIndex:
     """JPEG, lossless, and one that OpenSlide reads (RGBA)."""
     folder = tmp_path_factory.mktemp("mixed")
-    alpha = np.dstack([tissue_pixels(), np.full((512, 512), 255, np.uint8)])
     slides = {
         "jpeg": write_jpeg(folder / "jpeg.svs", tissue_pixels(512, 512, 1), levels=(1, 4)),
         "lossless": write_slide(folder / "lossless.tiff", tissue_pixels(), 0.5, (1, 2)),
-        "alpha": write_slide(folder / "alpha.tiff", alpha, 0.5, extrasamples=["unassalpha"]),
+        "alpha": write_alpha(folder / "alpha.tiff", tissue_pixels()),
     }
     return SlideIndex.build(cohort_of(slides), folder / "index", workers=0)
 
@@ -107,6 +132,9 @@ def test_the_index_says_how_each_slide_is_read(mixed):
     assert rows["fallback"]["alpha"] == "its pixels are not 8-bit RGB"
     assert rows["codec"].to_dict() == {"jpeg": "jpeg YCbCr 4:2:0 JFIF", "lossless": "uncompressed", "alpha": ""}
     assert rows["scales"].to_dict() == {"jpeg": "1 2 4 8", "lossless": "1", "alpha": "1"}
+    for row in rows.itertuples():
+        stat = os.stat(row.path)
+        assert (row.bytes, row.tag) == (stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
     packed = mixed.tiles.codes.nbytes + mixed.tiles.anchors.nbytes
     assert packed <= 5 * mixed.tiles.tiles
 
@@ -165,38 +193,135 @@ def test_a_slide_takes_its_own_part_of_the_map_along(mixed):
     assert np.array_equal(sent.read(70, 90, 64, 0.7), slide.read(70, 90, 64, 0.7))
 
 
-def copied(tmp_path, **settings):
-    path = write_jpeg(tmp_path / "a.svs", tissue_pixels(512, 512, 1))
+def write_alpha(path: Path, pixels: np.ndarray) -> Path:
+    """RGBA, which OpenSlide reads."""
+    alpha = np.full(pixels.shape[:2], 255, np.uint8)
+    return write_slide(path, np.dstack([pixels, alpha]), 0.5, extrasamples=["unassalpha"])
+
+
+WRITERS = {"ranges": write_jpeg, "openslide": write_alpha}
+
+
+def copied(tmp_path, reader="ranges", **settings):
+    path = WRITERS[reader](tmp_path / "a.svs", tissue_pixels(512, 512, 1))
     index = SlideIndex.build(cohort_of({"a": path}), tmp_path / "index", workers=0, **settings)
+    assert list(index.slides["reader"]) == [reader]
     return path, TileStream(index, tile_px=64)
 
 
-def test_a_file_that_changed_since_it_was_indexed_is_named(tmp_path):
-    path, stream = copied(tmp_path)
+CHANGED = r"a\.svs has changed since it was opened or indexed; index it again"
+
+
+@pytest.mark.parametrize("reader", WRITERS)
+def test_a_file_that_changed_since_it_was_indexed_is_named(tmp_path, reader):
+    path, stream = copied(tmp_path, reader)
     before = os.stat(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))
-    with pytest.raises(InputError, match=r"a\.svs has changed since it was opened or indexed; index it again"):
+    with pytest.raises(InputError, match=CHANGED):
         stream[0]
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert stream[0].image.shape == (64, 64, 3)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))  # while it is open
-    with pytest.raises(InputError, match=r"a\.svs has changed since it was opened or indexed"):
+    with pytest.raises(InputError, match=CHANGED):
         stream[0]
 
 
+def test_another_slide_in_its_place_is_named_where_openslide_reads(tmp_path):
+    """As large, and the first one was read before: neither its open file nor a tile kept of it is returned."""
+    path, stream = copied(tmp_path, "openslide")
+    indexed, opened = stream[0].image, Slide.open(path)
+    assert opened.read(0, 0, 512, 0.5).std() > 10
+    write_alpha(tmp_path / "b.svs", tissue_pixels(512, 512, 2))
+    os.replace(tmp_path / "b.svs", path)
+    for read in (lambda: stream[0], lambda: opened.read(0, 0, 64, 0.5)):
+        with pytest.raises(InputError, match=CHANGED):
+            read()
+    again = TileStream(SlideIndex.build(cohort_of({"a": path}), tmp_path / "index", workers=0), tile_px=64)
+    assert not np.array_equal(again[0].image, indexed)
+    path.write_bytes(b"no slide any more")
+    with pytest.raises(InputError, match=CHANGED):
+        again[0]
+
+
+@pytest.mark.parametrize(("where", "name"), [(fallback, "_opened"), (fallback.openslide.OpenSlide, "read_region")])
+def test_a_file_that_changes_just_then_is_named(tmp_path, monkeypatch, where, name):
+    """While OpenSlide opens it, and while it reads."""
+    path, real = write_alpha(tmp_path / "a.svs", tissue_pixels()), getattr(where, name)
+
+    def touched(*how):
+        os.utime(path, ns=(0, 1))
+        return real(*how)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=CHANGED):
+        patch.setattr(where, name, touched)
+        Slide.open(path).read(0, 0, 64, 0.5)
+    assert Slide.open(path).read(0, 0, 64, 0.5).shape == (64, 64, 3)
+
+
+def flips(tiles, number: int) -> list[tuple[int, int, int, int]]:
+    """(level, tile, place in the file, what to change there) of random bytes, all of compressed tiles alike."""
+    rng, places = np.random.default_rng(0), []
+    for level, facts in enumerate(tiles.levels):
+        for tile, (start, length) in enumerate(zip(*tiles.find(level, range(tiles_of(facts))), strict=True)):
+            places.append((level, tile, int(start), int(length)))
+    assert len(places) == tiles.tiles
+    ends = np.cumsum([length for *_, length in places])
+    found = []
+    for at in rng.integers(ends[-1], size=number):
+        level, tile, start, length = places[k := int(np.searchsorted(ends, at, side="right"))]
+        found.append((level, tile, start + int(at - ends[k]) + length, int(rng.integers(1, 256))))
+    return found
+
+
 def test_with_a_crc_any_flipped_byte_is_named(tmp_path):
-    path, stream = copied(tmp_path, checksums=True)
-    stat, data = os.stat(path), bytearray(path.read_bytes())
-    start, length = (int(found[0]) for found in stream.index.tiles.find(0, [0]))
-    for at in (start, start + length // 2, start + length - 1):
-        spoilt = data.copy()
-        spoilt[at] ^= 1
-        path.write_bytes(spoilt)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        slide = SlideIndex.open(stream.index.folder)._slide(stream.index._row("a"))
-        with pytest.raises(InputError, match=r"a\.svs is damaged: compressed tile 0 of level 0 .*CRC-32"):
-            slide.read(0, 0, 64, 0.5)
-    assert stream.index.tiles.checks.dtype == np.uint32
+    """Random bytes of all compressed tiles, each tile read by one pixel of it; without a CRC many pass."""
+    pixels, side, passed = tissue_pixels(300, 260, 1), 64, 0
+    path = write_jpeg(tmp_path / "a.svs", pixels, side=side, levels=(1, 2))
+    cohort = cohort_of({"a": path})
+    checked, bare = (
+        SlideIndex.build(cohort, tmp_path / str(with_crc), workers=0, checksums=with_crc) for with_crc in (True, False)
+    )
+    assert checked.tiles.checks.dtype == np.uint32
+    assert (len(checked.tiles.checks), len(bare.tiles.checks)) == (checked.tiles.tiles, 0)
+    stat, slides = os.stat(path), [index._slide(index._row("a")) for index in (checked, bare)]
+    for level, tile, at, change in flips(checked.tiles, 200):
+        down = slides[0].level_downsamples[level]
+        row, column = divmod(tile, -(-int(300 // down) // side))
+        plan = ReadPlan(level, down, 0.5 * down, 1, False)
+        jobs = [Job(slide, plan, column * side * down, row * side * down, 1, 1) for slide in slides]
+        with flipped(path, at, change, stat):
+            with pytest.raises(
+                InputError, match=rf"a\.svs is damaged: compressed tile {tile} of level {level} .*CRC-32"
+            ):
+                reading.read(jobs[:1])
+            with contextlib.suppress(InputError):
+                passed += len(reading.read(jobs[1:]))
+        assert reading.read(jobs[:1])[0].shape == (1, 1, 3)
+    assert passed > 20
+
+
+@contextlib.contextmanager
+def flipped(path: Path, at: int, change: int, stat: os.stat_result):
+    """A file with another byte at one place, for a while, and its old time."""
+    with open(path, "r+b", buffering=0) as file:
+        byte = os.pread(file.fileno(), 1, at)[0]
+        for value in (byte ^ change, byte):
+            os.pwrite(file.fileno(), bytes([value]), at)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            if value != byte:
+                yield
+
+
+def test_an_index_with_checksums_keeps_them(tmp_path, capsys):
+    """Switched on from the shell; what builds the same index afterwards says nothing of them."""
+    path = write_jpeg(tmp_path / "a.svs", tissue_pixels(512, 512, 1))
+    csv, folder = cohort_of({"a": path}).write(tmp_path / "cohort.csv"), tmp_path / "index"
+    stored = []
+    for more in ([], ["--checksums", "true"], [], ["--checksums", "false"]):
+        assert main(["index", str(csv), "--folder", str(folder), *more]) == 0
+        stored.append(len(SlideIndex.open(folder).tiles.checks))
+    assert stored == [0, 4, 4, 0]
+    capsys.readouterr()
 
 
 def test_a_damaged_tile_is_named_with_its_place(tmp_path):

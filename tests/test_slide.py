@@ -173,6 +173,14 @@ def test_a_ratio_that_edge_truncation_explains_is_whole(tmp_path):
     assert np.abs(far - shrink(pixels, 4)[150:190, 200:240]).mean() < 6
 
 
+def test_a_level_at_no_whole_multiple_of_level_0_is_resampled_even_at_its_own_mpp():
+    """Whole level-0 pixels, where tiles lie, are no whole pixels of it."""
+    plan = slide_module.plan_read(0.25, (1, 3.7), 0.25 * 3.7)
+    assert (plan.level, plan.mpp, plan.grid, plan.resampled) == (1, 0.25 * 3.7, 1, True)
+    plan = slide_module.plan_read(0.25, (1, 4.0), 0.25 * 4.03)
+    assert (plan.level, plan.mpp, plan.grid, plan.resampled) == (1, 1.0, 4, False)
+
+
 def test_large_regions_are_read_in_parts_that_agree(noise, monkeypatch):
     whole = noise.read(3, 5, 300, 0.7).astype(int)
     monkeypatch.setattr(slide_module, "BLOCK_PX", 5_000)

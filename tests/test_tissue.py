@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pathfm import SlideIndex, TileStream, tissue
-from pathfm.synthetic import Truth, tiny_cohort
+from pathfm.synthetic import Truth, render, tiny_cohort
+from pathfm.synthetic.appearance import Origin
 
 # Seed, artefact, slides. Tuning used 101, 200 to 203 and 9100 to 9106; the embedded cohort is 0.
 PLAN = [(9200, "", 2), (9201, "pen", 2), (9202, "bubble", 2), (9204, "blur", 2)]
@@ -57,11 +58,29 @@ def test_artefacts_are_kept_out_of_the_mask(found, kind, least):
     assert 1 - kept / there > least
 
 
-def test_tiles_hold_tissue_and_tissue_is_reached(found):
+@pytest.mark.parametrize("tile_um", [64.0, 128.0, 256.0, 512.0])
+def test_tiles_hold_tissue_and_tissue_is_reached(found, tile_um):
     """At most 1 % of the tiles hold less true tissue than asked for, at most 1 % of it is never sampled."""
-    wrong, never = np.transpose([tissue.consequence(one["mask"], one["tissue"], one["um_per_px"]) for one in found])
+    masks = [(one["mask"], one["tissue"], one["um_per_px"], tile_um) for one in found]
+    wrong, never = np.transpose([tissue.consequence(*each) for each in masks])
     assert wrong.mean() <= 0.01
     assert never.mean() <= 0.01
+
+
+def rendered_mask(path: str, side_um: float, **how) -> np.ndarray:
+    """The mask of a slide as another laboratory would stain and scan it, as a scan makes it."""
+    fine = render(path, width_um=side_um, height_um=side_um, mpp=8.0 / tissue.DETAIL, **how)
+    rgb = cv2.resize(fine, None, fx=1 / tissue.DETAIL, fy=1 / tissue.DETAIL, interpolation=cv2.INTER_AREA)
+    return tissue.segment(rgb, 8.0, lambda mask, glass: tissue.detail(fine, glass))[0]
+
+
+def test_the_mask_is_that_of_the_tissue_whoever_stains_and_scans_it(tmp_path):
+    """The same slide under each of eight centres, and in DAB, brown in place of eosin."""
+    origin = Origin(9210, 0, 8, 0, 0)
+    path = tiny_cohort(tmp_path, 1, side_um=1088, mpp=2.0, origin=origin).table["path"][0]
+    truth, ways = Truth.open(path).tissue_mask(8.0), [{"centre": k} for k in range(origin.centres)]
+    ious = [tissue.iou(rendered_mask(path, 1088, **how), truth, 8.0) for how in [*ways, {"stain": "DAB"}]]
+    assert min(ious) > 0.9, ious
 
 
 def test_the_consequence_is_what_the_stream_draws(found):

@@ -75,12 +75,15 @@ class Index:
     folder: str = setting("", "where the index is kept; the cache when empty")
     workers: int = setting(0, "processes; the number of cores when 0")
     scheduler: str = setting("", "a Dask scheduler, tcp://host:8786, whose workers do it; this machine when empty")
+    checksums: bool | None = setting(
+        None, "true: keep a CRC-32 of every compressed tile, so that any changed byte is named; None: as it was indexed"
+    )
 
     def __call__(self) -> None:
         from pathfm import Cohort, SlideIndex
 
         cohort, folder = Cohort.read(self.cohort), self.folder or None
-        index = SlideIndex.build(cohort, folder, self.workers or None, self.scheduler or None)
+        index = SlideIndex.build(cohort, folder, self.workers or None, self.scheduler or None, self.checksums)
         shown = ["slide_id", "status", "reason", "width_px", "height_px", "mpp", "tissue_mm2"]
         print(index.slides[shown].round(2).to_string(index=False))
         print(index.folder)
