@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from functools import lru_cache
 from typing import NamedTuple
 
 import imagecodecs
@@ -56,9 +57,15 @@ class Recipe(NamedTuple):
 def recipe(level, tables: bytes) -> Recipe:
     """The recipe of a LEVEL record (see tilemap) and its shared JPEG tables, b"" where it has none."""
     colour = int(level["colour"])
-    head = b"\xff\xd8" + _adobe(colour) + tables_only(tables)
     sizes = (int(level[name]) for name in ("tile_width", "tile_height", "width", "height"))
-    return Recipe(int(level["codec"]), colour, *sizes, int(level["predictor"]), head, not tables and colour == 1)
+    codec, predictor = int(level["codec"]), int(level["predictor"])
+    return Recipe(codec, colour, *sizes, predictor, _head(colour, tables), not tables and colour == 1)
+
+
+@lru_cache(maxsize=1024)
+def _head(colour: int, tables: bytes) -> bytes:
+    """Most slides of a cohort share theirs: it is kept once."""
+    return b"\xff\xd8" + _adobe(colour) + tables_only(tables)
 
 
 def decode(

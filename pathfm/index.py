@@ -27,7 +27,7 @@ from pathfm.storage import atomic, cache_dir, explained, progress, read_json, wr
 from pathfm.tilemap import Shift, TileMap
 
 HEADER_BYTES = 1024  # of a .npy whose length is known when it is written
-OPEN_SLIDES = 32  # handles kept per process
+OPEN_SLIDES = 32  # that OpenSlide reads, kept per process
 WORTH_PROCESSES = 300 * 2**20  # bytes of slides; fewer are indexed sooner than processes start
 
 # Columns that hold whole numbers.
@@ -55,6 +55,7 @@ class SlideIndex:
     def __init__(self, folder: Path, slides: pd.DataFrame):
         self.folder, self.slides = Path(folder), slides
         self._words = self._tiles = self._where = None
+        self._held: dict[str, Slide] = {}
 
     @classmethod
     def build(
@@ -161,8 +162,13 @@ class SlideIndex:
         return cv2.imdecode(self._stored(slide_id, "picture"), cv2.IMREAD_COLOR)[..., ::-1]
 
     def slide(self, slide_id: str) -> Slide:
-        """The slide, open; a process keeps at most OPEN_SLIDES."""
+        """The slide. One that is read by byte ranges holds no file and stays; of others a process keeps OPEN_SLIDES."""
+        held = self._held.get(slide_id)
+        if held is not None:
+            return held
         row = self._row(slide_id)
+        if row.reader == "ranges":
+            return self._held.setdefault(slide_id, self._slide(row))
         return _OPEN.get((row.path, row.mpp, row.tag), lambda: self._slide(row))
 
     def _slide(self, row) -> Slide:
@@ -187,7 +193,7 @@ class SlideIndex:
         return f"SlideIndex({usable} slides, {len(self) - usable} quarantined)"
 
     def __getstate__(self) -> dict:
-        return {"folder": self.folder, "slides": self.slides, "_words": None, "_tiles": None, "_where": None}
+        return {**self.__dict__, "_words": None, "_tiles": None, "_where": None, "_held": {}}
 
     def _stored(self, slide_id: str, what: str) -> np.ndarray:
         part = self.folder / "parts" / self._row(slide_id).part

@@ -265,8 +265,12 @@ def test_subsets_share_the_folder(index):
 
 
 def test_open_slides_stay_bounded(slides, tmp_path, monkeypatch):
+    """Those that OpenSlide reads; the others hold no file."""
     monkeypatch.setattr(index_module, "OPEN_SLIDES", 2)
     index = SlideIndex.build(cohort_of(slides), tmp_path / "index", workers=0)
+    light = [index.slide(name) for name in ("one", "two", "three", "one")]
+    assert light[0] is light[3] and {slide.reader for slide in light} == {"ranges"}
+    index = SlideIndex(index.folder, index.slides.assign(reader="openslide"))
     kept = index_module._Open()
     monkeypatch.setattr(index_module, "_OPEN", kept)
     for name in ("one", "two", "three", "one"):
