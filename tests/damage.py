@@ -1,7 +1,8 @@
 """Damaged slides: whatever is done to the bytes of a file, it is read, or an InputError names it.
 
-`python tests/damage.py 2000` tries so many; the tests try fewer. They are tried in processes of their own, so that a
-crash or a hang, in whichever library, ends one of these and is named, and the file that did it is kept.
+`python tests/damage.py 2000 9` tries so many, other ones for another second number; the tests try 2000. They are tried
+in processes of their own, so that a crash or a hang, in whichever library, ends one of these and is named, and the file
+that did it is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from slide_files import write_ome, write_philips, write_slide
 from pathfm import InputError, Slide
 
 LONGEST_S = 20  # a read that takes longer hangs
-PART = 250  # files a process
+PART = 500  # files a process
 
 
 def sound(folder: Path) -> list[Path]:
@@ -104,10 +105,11 @@ def try_apart(number: int, seed: int) -> Counter:
     return Counter(json.loads(ended.stdout))
 
 
-def main(number: int = 2000) -> Counter:
+def main(number: int = 2000, series: int = 0) -> Counter:
+    """How so many damaged files came out, PART in a process."""
     outcomes = Counter()
-    for seed, first in enumerate(range(0, number, PART)):
-        outcomes += try_apart(min(PART, number - first), seed)
+    for first in range(0, number, PART):
+        outcomes += try_apart(min(PART, number - first), 10**6 * series + first)
     return outcomes
 
 

@@ -84,7 +84,7 @@ def test_pixels_of_a_real_pyramid_agree_with_a_float64_reference(real_data, mpp)
     with Slide.open(real_data / "slides" / "derived_cmu1_region_pyramid.tiff") as slide:
         plan = slide.plan(mpp)
         assert (plan.level, plan.scale, plan.resampled) == REAL[mpp]
-        for x, y in ((96, 160), (208, 800)):
+        for x, y in ((1200, 1600), (800, 2400)) if mpp < 8 else ((96, 160), (208, 800)):
             image = slide.read(x, y, SIDE, mpp)
             assert image.std() > 10
             assert decibels(image, reference(slide, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
