@@ -30,17 +30,26 @@ def load(
 
     Raises InputError for a name of none of these forms, an unknown timm model, weights that cannot be had.
     """
+    model, own = _made(name, seed)
+    return model, _replaced(own, mean, std, input_px)
+
+
+def network(name: str | Path, seed: int = 0) -> nn.Module:
+    """The backbone alone, as `load` takes it: for whom has a preprocessing of his own."""
+    return _made(name, seed)[0]
+
+
+def _made(name: str | Path, seed: int) -> tuple[nn.Module, export.Preprocess | None]:
     kind, _, rest = str(name).partition(":")
     if kind in ("timm", "random"):
         model = _timm(rest, kind == "timm", seed)
     elif kind == "hub":
         model = _with_tokens(_hub(rest))
     elif Path(name).is_dir():
-        model, own = export.load(name)
-        return model, _replaced(own, mean, std, input_px)
+        return export.load(name)
     else:
         raise InputError(f"backbone '{name}' is none of: {FORMS}; a folder that does not exist is none either")
-    return model.eval(), _replaced(_own(model), mean, std, input_px)
+    return model.eval(), _own(model)
 
 
 class Tokens(nn.Module):

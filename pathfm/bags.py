@@ -50,7 +50,7 @@ class Cut(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A backbone as it travels to a worker: a folder that the worker sees too, and the weights it must find there."""
+    """A backbone as it travels to a worker: a name or folder that workers know too, and the weights it must have."""
 
     folder: str
     weights: str
@@ -229,7 +229,7 @@ def _extractor(model, preprocess, pool, layers, precision, device, parallel) -> 
     if isinstance(model, nn.Module):
         raise InputError("a network in memory does not go to other processes; write it with pathfm.export.export "
                          "and give its folder")  # fmt: skip
-    folder = str(Path(model).absolute())
+    folder = str(model) if ":" in str(model) else str(Path(model).absolute())
     return made, Source(folder, made.provenance["weights"], preprocess, pool, layers, precision, device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from pathfm.scores import Prediction
 from pathfm.segment import SegmentationProtocol
 from pathfm.segmentation import of_images
 from pathfm.slide_probe import SlideProtocol
-from pathfm.tasks import pathorob
+from pathfm.tasks import pathorob, sites
 from pathfm.tasks.nuclei import NucleiSet
 from pathfm.tasks.slides import SlideSet
 
@@ -35,7 +35,9 @@ PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {
 }
 ON_TEST = ("linear", "kNN")  # these choose on validate; eva's report on it where there is no test
 ROBUSTNESS = "pathorob-2025"
-EVA = "eva-2026"  # of masks and slides there is no other
+EVA = "eva-2026"  # of masks and slides; what is not as eva has it there stands behind it in the row
+TEN_SHOT = "eva-2026-10shot", "pcam_10shot"  # the protocol draws the images of this task itself
+ANY = ("", "folder", "masks")  # tasks that are no one data set: a row bears the name of the data
 READ_BY = {"segmentation": "`masks` scores it", "slides": "`slide_labels` scores it"}
 SLIDE_PX = 224  # of the tiles that a slide is cut into; eva's
 SLIDE_TILES = {"camelyon16_small": 1000, "panda_small": 200}  # a slide at most; eva's
@@ -50,15 +52,20 @@ class Evaluated(NamedTuple):
     table: pd.DataFrame  # of `scores.scores`, floors among them, with `confounding.COLUMNS`
 
 
-def labelled(data: str | Path, task: str = "folder", split: str = "clean", seed: int = 0, **how) -> TileSet:
+def labelled(
+    data: str | Path, task: str = "folder", split: str = "clean", seed: int = 0, protocol: str = "", **how
+) -> TileSet:
     """The tiles of a public task, or of any folder a class or CSV (`task` "folder"), with roles.
 
-    Tiles without roles of their own are split by patient, by image where none is known. Raises InputError for a task
-    whose labels are not of tiles.
+    Tiles without roles of their own are split by patient, by image where none is known. For `protocol` eva-2026-10shot
+    pcam_10shot is all of PCam: its 50 runs draw their own images. Raises InputError for a task whose labels are not of
+    tiles.
     """
     about = tasks.about(task)
     if about.kind != "tiles":
         raise InputError(f"{task} is no task of labelled tiles: {READ_BY.get(about.kind, 'it has its own measure')}")
+    if (protocol, task) == TEN_SHOT:
+        how = {"run": None} | how
     tiles = tasks.read(task, data, split, **how)
     if "role" in tiles.table:
         return tiles
@@ -73,16 +80,22 @@ def evaluate(
     pool: str = "cls",
     pretrained_on: str = "not stated",
     name: str = "",
+    device: str | None = None,
+    layers: int = 1,
+    precision: str = "float32",
     **how,
 ) -> Evaluated:
     """The row of a backbone on tiles with roles.
 
     backbone       as `backbones.load` takes it; `how` is passed on to it
-    task           under which it stands on the leaderboard; the tiles' name where empty
+    task           under which it stands on the leaderboard; the tiles' name where empty. What that name says of the
+                   split, and of what is missing, stands behind it
     protocol       of PROTOCOLS; those of ON_TEST choose on validate and answer on test
     pool           "cls", "mean" or "both"
     pretrained_on  sources joined by +, such as "TCGA+GTEx", for the column of who has seen what
-    name           on the leaderboard; the backbone's own where empty
+    name           on the leaderboard; the backbone's own where empty. A pool other than "cls", more layers and another
+                   input size stand behind it, so that their rows do not replace each other
+    device         of the backbone and of eva's heads, layers and precision: as in `features.extract`
 
     Raises InputError for an unknown protocol, patch tokens of a backbone without any, and what the probe refuses.
     """
@@ -94,17 +107,40 @@ def evaluate(
     if backbones.only_cls(model) and pool != "cls":
         raise InputError(f"{backbone} gives one vector an image and no patch tokens; take pool='cls'")
     name, fit = name or Path(str(backbone)).name, PROTOCOLS[protocol]
-    features = extract(model, tiles, preprocess, pool, name)
+    if device and protocol in protocols.PROTOCOLS:
+        fit = functools.partial(fit, device=device)
+    made = {"device": device, "layers": layers, "precision": precision}
+    features = extract(model, tiles, preprocess, pool, name, **made)
     answers = fit(features)
     validated = "validate" in answers.settings and not backbones.only_cls(model)
-    floors = probe.floor_predictions(tiles, model if validated else None, preprocess, fit)
+    floors = probe.floor_predictions(tiles, model if validated else None, preprocess, fit, **made)
     if not validated:  # nothing says which pooling of random weights is best
-        twin = fit(extract(random_twin(model), tiles, preprocess, pool, f"random weights ({pool})"))
+        twin = fit(extract(random_twin(model), tiles, preprocess, pool, f"random weights ({pool})", **made))
         floors.append(replace(twin, floor=True))
-    row = leaderboard.row_of([answers], name, pretrained_on, task or tiles.name, floors)
+    model_name = _model(name, pool, layers, how.get("input_px"))
+    row = leaderboard.row_of([answers], model_name, pretrained_on, _task(task, tiles.name), floors)
     role = answers.settings.get("reported on", "test")
     table = confounding.beside(scores.scores([answers, *floors]), [features], role)
-    return Evaluated(row | {"note": f"{row['note']}; pool {pool}"}, table)
+    beside = table.iloc[0][list(confounding.COLUMNS)].to_dict()
+    return Evaluated(row | beside | {"note": f"{row['note']}; pool {pool}"}, table)
+
+
+def _model(name: str, pool: str, layers: int = 1, input_px: int | None = 0) -> str:
+    """A model on the leaderboard: its name and how its features were made, where that is not as usual."""
+    told = [pool] * (pool != "cls") + [f"{layers} layers"] * (layers != 1) + [f"{input_px} px"] * bool(input_px)
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def _task(task: str, name: str) -> str:
+    """A task on the leaderboard, with what the name of the data says of split and completeness."""
+    known = leaderboard.plain(name)
+    said, task = name[len(known) :], known if task in ANY else task
+    return task if task.endswith(said) else task + said
+
+
+def _protocol(*others: str) -> str:
+    """eva's name, with what is not as eva has it: such a row stands in a table of its own."""
+    return ", ".join([EVA, *filter(None, others)])
 
 
 def masks(
@@ -114,38 +150,46 @@ def masks(
     protocol: SegmentationProtocol | None = None,
     pretrained_on: str = "not stated",
     name: str = "",
+    device: str | None = None,
     **how,
 ) -> Evaluated:
     """The row of a backbone on images with masks: Dice of eva's decoder, and the gain over random weights.
 
     images    as `tasks.read` gives them; those without roles are split by patient, by image where none is known
-    protocol  None: eva's of the task; see `segment.fit`. `input_px`, where it is given, replaces its own
+    protocol  None: eva's of the task; see `segment.fit`. `input_px`, where it is given, replaces its own. The row says
+              "eva-2026" of the decoder "image", "eva-2026, tokens" of the other, and ", changed" of other settings
+    device    of the backbone and the decoders
     others as in `evaluate`
     """
     model, preprocess = backbones.load(backbone, **how)
-    protocol = protocol or segment.EVA.get(task, SegmentationProtocol())
+    evas = segment.EVA.get(leaderboard.plain(task), SegmentationProtocol())
+    protocol = protocol or evas
     protocol = replace(protocol, input_px=how.get("input_px") or protocol.input_px)
+    changed = replace(protocol, decoder=evas.decoder, input_px=evas.input_px) != evas
+    roles = "" if leaderboard.plain(images.name) in segment.EVA else "the table's own roles"
     if "role" not in images.table:
-        images = images.split("tile" if patients(images.table) is None else "patient")
+        by = "tile" if patients(images.table) is None else "patient"
+        images, roles = images.split(by), f"roles drawn by {'image' if by == 'tile' else by}"
     name = name or Path(str(backbone)).name
-    own = segment.fit(model, images, protocol, preprocess, name)
-    floor = segment.fit(random_twin(model), images, protocol, preprocess, "random weights")
+    own = segment.fit(model, images, protocol, preprocess, name, device)
+    floor = segment.fit(random_twin(model), images, protocol, preprocess, "random weights", device)
     dice, gain = own.interval(), own.gain(floor)
     each = [np.nanmean(of_images(run)) for run in own.each]
     row = {
-        "model": name,
+        "model": _model(name, "cls", input_px=how.get("input_px")),
         "pretrained_on": pretrained_on,
-        "task": task or images.name,
+        "task": _task(task, images.name),
         "part": leaderboard.PART[own.role],
         "metric": "Dice",
         **{"score": dice.value, "low": dice.low, "high": dice.high, "runs": len(each)},
         "spread": np.std(each, ddof=1) if len(each) > 1 else np.nan,
-        "protocol": EVA,
+        "protocol": _protocol(protocol.decoder if protocol.decoder != "image" else "", "changed" if changed else ""),
         "n_tiles": len(np.unique(own.reported.row)),
         "n_patients": gain.n_patients,
+        "n_quarantined": len(images.quarantined),
         "best_floor": floor.name,
         **{"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "verdict": gain.verdict},
-        "note": f"decoder of {protocol.decoder}",
+        "note": "; ".join(filter(None, [own.resampled, roles, f"decoder of {protocol.decoder}"])),
     }
     return Evaluated(row, pd.concat([own.summary(), floor.summary()], ignore_index=True))
 
@@ -159,25 +203,32 @@ def slide_labels(
     pool: str = "cls",
     pretrained_on: str = "not stated",
     name: str = "",
+    device: str | None = None,
+    layers: int = 1,
+    precision: str = "float32",
     **how,
 ) -> Evaluated:
     """The row of a backbone on slides with labels: balanced accuracy of heads on bags of its features.
 
     slides    with roles and paths, as `tasks.read` gives them
-    head      of `mil.HEADS`
-    protocol  None: eva's, twenty runs
+    head      of `mil.HEADS`; the row says "eva-2026" of abmil, "eva-2026, mean" and so on of the others
+    protocol  None: eva's, twenty runs; the row says ", changed" of another
+    device, layers, precision   of the backbone, as in `bags.extract`
     others as in `evaluate`
 
     Floors are the same head on bags of colour and texture (standardised, or it would hardly be trained) and of
-    random weights. The table has the AUC beside it where there are two classes.
+    random weights, and what cancer type alone, site alone and both say (`sites.alone`; two classes). The row and the
+    table have the AUC too where there are two classes.
     """
     model, preprocess = backbones.load(backbone, **how)
-    protocol, name = protocol or SlideProtocol(), name or Path(str(backbone)).name
+    evas, name = SlideProtocol(), name or Path(str(backbone)).name
+    protocol = protocol or evas
     index = SlideIndex.build(slides.cohort())
-    cut = Cut(SLIDE_PX, slides.mpp or SLIDE_MPP, most=SLIDE_TILES.get(task, 0))
+    cut = Cut(SLIDE_PX, slides.mpp or SLIDE_MPP, most=SLIDE_TILES.get(leaderboard.plain(task), 0))
+    made = {"device": device, "layers": layers, "precision": precision}
     found = {
-        name: bags.extract(model, index, cut, preprocess, pool, name),
-        "random weights": bags.extract(random_twin(model), index, cut, preprocess, pool, "random weights"),
+        name: bags.extract(model, index, cut, preprocess, pool, name, **made),
+        "random weights": bags.extract(random_twin(model), index, cut, preprocess, pool, "random weights", **made),
         "colour + LBP": bags.extract(SLIDE_FLOOR, index, cut, name="colour + LBP"),
     }
     fits = {
@@ -187,43 +238,85 @@ def slide_labels(
         for one, bag in found.items()
     }
     own, *floors = [replace(fit.answer(), floor=one != name) for one, fit in fits.items()]
-    own, *floors = [replace(one, probe=EVA) for one in (own, *floors)]
-    row = leaderboard.row_of([own], name, pretrained_on, task or slides.name, floors)
-    table = scores.scores([own, *floors])
+    alone = sites.alone(slides.table) if len(slides.classes) == 2 else {}
+    floors += [_by_group(own, one, said, slides.classes) for one, said in alone.items()]
+    by = _protocol(head if head != "abmil" else "", "changed" if protocol != evas else "")
+    own, *floors = [replace(one, probe=by) for one in (own, *floors)]
+    model_name = _model(name, pool, layers, how.get("input_px"))
+    row = leaderboard.row_of([own], model_name, pretrained_on, _task(task, slides.name), floors)
+    table, told = scores.scores([own, *floors]), [row["note"], slides.split, head, f"pool {pool}"]
     if len(slides.classes) == 2:
-        table = table.assign(auc=slide_probe.table(fits.values())["auc"].to_numpy())
-    return Evaluated(row | {"note": f"{row['note']}; {head}; pool {pool}"}, table)
+        areas = _areas(list(fits.values()), own, alone, slides.classes)
+        table = table.assign(auc=areas["auc"].to_numpy())
+        row |= areas.iloc[0].rename({"low": "auc_low", "high": "auc_high"}).to_dict()
+    return Evaluated(row | {"note": "; ".join(filter(None, told))}, table)
+
+
+def _by_group(own: Prediction, name: str, said: pd.Series, classes: Sequence[str]) -> Prediction:
+    """Log-odds of the last class by slide as answers about the slides of `own`."""
+    table = own.table.drop(columns="right")
+    answers = np.array(sorted(classes))[(said.loc[table["file"]] > 0).to_numpy(int)]
+    return Prediction(name, own.probe, table.assign(predicted=answers), floor=True, quarantined=own.quarantined)
+
+
+def _areas(
+    fits: Sequence[slide_probe.Fitted], own: Prediction, alone: dict[str, pd.Series], classes: Sequence[str]
+) -> pd.DataFrame:
+    """auc, low and high of the heads, and of what is said `alone` of the same test slides."""
+    truth, who = own.table["truth"] == max(classes), patients(own.table)
+    rows = [slide_probe.auc(truth, said.loc[own.table["file"]].to_numpy(), who) for said in alone.values()]
+    found = pd.DataFrame(rows, columns=slide_probe.AUC._fields).rename(columns={"value": "auc"})
+    return pd.concat([slide_probe.table(fits), found], ignore_index=True)[["auc", "low", "high"]]
 
 
 def robustness(
     backbone: str | Path,
     task: str,
     metadata: str | Path,
-    images: str | Path,
+    images: str | Path = "",
     pool: str = "cls",
     pretrained_on: str = "not stated",
     name: str = "",
+    embeddings: str | Path = "",
+    allow_partial: bool = False,
+    device: str | None = None,
+    layers: int = 1,
+    precision: str = "float32",
     **how,
 ) -> dict:
     """The row of a backbone on one of PathoROB's sets: its robustness index, and no probe.
 
     metadata, images   folders, as `tasks.pathorob.read` and `tasks.pathorob.tiles` take them
+    embeddings         in place of the images, a folder of features made elsewhere, as `tasks.pathorob.embeddings` takes
+                       it; the backbone is then but a name
+    others as in `evaluate`
+
+    Raises InputError unless one of images and embeddings is given, and what they lack.
     """
     about = tasks.about(task) if isinstance(task, str) else task
-    table = tasks.read(about, metadata)
-    tiles = pathorob.tiles(about, table, images)
-    model, preprocess = backbones.load(backbone, **how)
-    x, table = pathorob.align(extract(model, tiles, preprocess, pool).x, tiles, table)
+    if bool(images) == bool(embeddings):
+        raise InputError(f"{about.name} needs the folder of its images, or one of embeddings; give one of the two")
+    table, bad, name = tasks.read(about, metadata, allow_partial=allow_partial), 0, name or Path(str(backbone)).name
+    full_name, note = table.attrs["name"], "given embeddings"
+    if embeddings:
+        x = pathorob.embeddings(embeddings, table)
+    else:
+        tiles = pathorob.tiles(about, table, images)
+        model, preprocess = backbones.load(backbone, **how)
+        found = extract(model, tiles, preprocess, pool, device=device, layers=layers, precision=precision)
+        x, table = pathorob.align(found.x, tiles, table)
+        name, bad, note = _model(name, pool, layers, how.get("input_px")), len(tiles.quarantined), f"pool {pool}"
     found = pathorob.robustness(about, x, table)
     return {
-        "model": name or Path(str(backbone)).name,
+        "model": name,
         "pretrained_on": pretrained_on,
-        "task": about.name,
+        "task": full_name,
         "part": "all",
         "metric": "robustness index",
         "score": found["robustness_index"],
         "protocol": ROBUSTNESS,
         "n_tiles": found["n"],
+        "n_quarantined": bad,
         "runs": 1,
-        "note": f"k {found['k']}; pool {pool}",
+        "note": f"k {found['k']}; {note}",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from pathfm import export
+from pathfm import backbones, export
 from pathfm.benchmarks import TileSet
 from pathfm.descriptors import DESCRIPTORS, VERSION
 from pathfm.errors import InputError, nearest
@@ -27,7 +31,7 @@ POOLS = ("cls", "mean", "both")
 PRECISIONS = ("float32", "bfloat16", "auto")
 NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # of a module; none changes what it computes
 SAME_NEIGHBOURS = 0.99  # of the 20 nearest: bfloat16 must leave so many as they are,
-SAME_SCORE = 0.002  # and move the kNN's balanced accuracy by no more than this
+SAME_SCORE = 0.002  # and move the balanced accuracy of kNN and linear probe by no more than this
 SAMPLE = 512  # images that "auto" compares on
 WORTH_A_SAMPLE = 4 * SAMPLE  # images; fewer are done in float32 before the comparison pays
 
@@ -54,14 +58,14 @@ def backbone(
     precision: str = "float32",
     device: str | None = None,
 ) -> Extractor:
-    """The features of a network or of a folder that `pathfm.export` or timm wrote.
+    """The features of a network, or of one by any name that `backbones.load` takes.
 
     pool       "cls" token, "mean" of the patch tokens, or "both" side by side
     layers     the last so many blocks, each behind the final norm, side by side from early to late
     precision  "float32", or "bfloat16" products and float32 sums (autocast); "auto" belongs to whom has a sample
     device     to move the model to; None leaves it where it is
 
-    Raises InputError for a folder that is none, and for a pool, precision or layers that the model does not have.
+    Raises InputError for a name that is none, and for a pool, precision or layers that the model does not have.
     """
     if pool not in POOLS:
         raise InputError(f"unknown pool '{pool}'.{nearest(pool, POOLS)}")
@@ -69,10 +73,10 @@ def backbone(
         raise InputError(f"unknown precision '{precision}'.{nearest(precision, PRECISIONS)}")
     name = type(model).__name__
     if isinstance(model, str | Path):
-        if isinstance(model, str) and not Path(model).exists():
+        if isinstance(model, str) and ":" not in model and not Path(model).exists():
             raise InputError(f"'{model}' is neither a folder nor a floor.{nearest(model, FLOORS)}")
         name = Path(model).name
-        model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
+        model, preprocess = backbones.load(model) if preprocess is None else (backbones.network(model), preprocess)
     depth = len(getattr(model, "blocks", ()))
     if layers != 1 and not 1 <= layers <= depth:
         raise InputError(f"{name} has {depth} blocks, not the {layers} layers asked for; take 1 to {max(depth, 1)}")
@@ -95,10 +99,12 @@ class Agreement(NamedTuple):
 
     neighbours: float  # share of the k nearest that both have, mean over images, 0 to 1
     score: float  # difference of the leave-one-out kNN's balanced accuracy; nan without two classes
+    linear: float = np.nan  # the same of a linear probe, each half answered by what the other half teaches
 
     @property
     def same(self) -> bool:
-        return self.neighbours >= SAME_NEIGHBOURS and not abs(self.score) > SAME_SCORE
+        moved = any(abs(score) > SAME_SCORE for score in (self.score, self.linear))  # nan is no movement
+        return self.neighbours >= SAME_NEIGHBOURS and not moved
 
 
 def agreement(a: np.ndarray, b: np.ndarray, y: np.ndarray | None = None, k: int = 20) -> Agreement:
@@ -109,20 +115,76 @@ def agreement(a: np.ndarray, b: np.ndarray, y: np.ndarray | None = None, k: int 
     if y is None or len(np.unique(y)) < 2:
         return Agreement(float(shared), np.nan)
     scores = [balanced_accuracy(y, vote(*one, y)) for one in found]
-    return Agreement(float(shared), scores[1] - scores[0])
+    if np.unique(y, return_counts=True)[1].min() < 2:  # a class of one image is in one half alone
+        return Agreement(float(shared), scores[1] - scores[0])
+    probes = [balanced_accuracy(y, _crossed(x, y)) for x in (a, b)]
+    return Agreement(float(shared), scores[1] - scores[0], probes[1] - probes[0])
+
+
+def _crossed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N,) classes by logistic regression on standardised features: each half of every class is asked of the other."""
+    half = np.empty(len(y), int)
+    half[np.argsort(y, kind="stable")] = np.arange(len(y)) % 2
+    said = np.empty_like(y)
+    for test in (0, 1):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        said[half == test] = probe.fit(x[half != test], y[half != test]).predict(x[half == test])
+    return said
 
 
 def random_twin(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same architecture with weights drawn anew by its own initialisation: the floor of every backbone."""
+    """The same architecture with weights drawn anew by its own initialisation: the floor of every backbone.
+
+    What no initialisation of its own reaches is drawn by `_drawn`. Raises InputError for a weight that nothing says
+    how to draw: a trained one that stayed would make the floor no floor.
+    """
     twin = copy.deepcopy(model).cpu()
-    with torch.random.fork_rng(devices=[]):
+    own = twin.network if isinstance(twin, backbones.Tokens) else twin
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for module in twin.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        if hasattr(twin, "init_weights"):  # timm: position embeddings, tokens and its own ranges
-            twin.init_weights()
+        for parameter in own.parameters():
+            if parameter.is_floating_point():
+                parameter.fill_(torch.nan)  # whatever is NaN afterwards was not drawn
+        for module in own.modules():
+            for reset in ("_reset_parameters", "reset_parameters"):  # torch's attention has the first
+                if hasattr(module, reset):
+                    getattr(module, reset)()
+        _initialise(own)
+        for name, module in own.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.isnan().any():
+                    _drawn(f"{name}.{key}".lstrip("."), module, parameter)
     return twin.eval()
+
+
+def _initialise(module: nn.Module) -> None:
+    """Calls init_weights of the outermost modules that have it: timm's and DINOv2's tokens, positions and ranges."""
+    if hasattr(module, "init_weights"):
+        module.init_weights()
+        return
+    for child in module.children():
+        _initialise(child)
+
+
+def _drawn(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
+    """A bare parameter as ViTs and their kin start: tokens, positions and tables from a truncated normal of 0.02, the
+    scale of a residual branch at what its module says or CaiT's 1e-5, further scales at 1, biases at 0.
+    """
+    key = name.rpartition(".")[2]
+    if "gamma" in key or "layer_scale" in key:
+        said = getattr(module, "init_values", 1e-5)
+        parameter.fill_(said if isinstance(said, float) else 1e-5)
+    elif key.endswith("bias"):
+        parameter.zero_()
+    elif key.endswith(("scale", "temperature")) or (key == "weight" and parameter.ndim == 1):
+        parameter.fill_(1)
+    elif parameter.ndim > 1 or re.search("token|embed|pos|table", key):
+        nn.init.trunc_normal_(parameter, std=0.02)
+    else:
+        raise InputError(
+            f"random weights of {type(module).__name__} cannot be drawn: nothing initialises {name}; give its module a "
+            "method reset_parameters"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -154,11 +216,17 @@ def _embed(model: nn.Module, preprocess, images, pool: str, layers: int, precisi
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             levels = _levels(model.eval(), x, layers)
-    except AssertionError as error:  # timm asserts its input size
-        raise InputError(f"{type(model).__name__} refuses an input of {tuple(x.shape)}: {error}") from None
+    except torch.OutOfMemoryError:  # a RuntimeError that is no fault of the input
+        raise
+    except (AssertionError, RuntimeError) as error:  # timm asserts its input size, others find that tensors do not fit
+        raise InputError(f"{_name(model)} refuses an input of {tuple(x.shape)}: {error}") from None
     finally:
         model.train(training)
     return _pooled(model, levels, pool).float().cpu().numpy()
+
+
+def _name(model: nn.Module) -> str:
+    return type(model.network if isinstance(model, backbones.Tokens) else model).__name__
 
 
 def _prepared(preprocess: Callable, images: np.ndarray, device: torch.device) -> Tensor:

@@ -81,7 +81,7 @@ def extract(
 ) -> Features:
     """Features of every tile, from the cache where these weights have seen these images before.
 
-    model       a timm-like network, a folder that `pathfm.export` or timm wrote, or the name of a floor:
+    model       a timm-like network, any name that `backbones.load` takes, or that of a floor:
                 chance, colour, histogram, lbp, colour+lbp, metadata
     preprocess  uint8 (B, h, h, 3) to float (B, 3, H, W); None takes the folder's or timm's own mean, standard
                 deviation and input size. Tiles that are not square are cut to their central square
@@ -90,7 +90,8 @@ def extract(
     device      to move the model to; None leaves it where it is
     layers      the last so many blocks side by side; with pool "both" the CLS of all, then the means of all
     precision   "float32", "bfloat16", or "auto": bfloat16 for a large set where, on 512 of its tiles, 99 % of the
-                20 nearest neighbours stay and the kNN's score moves by 0.2 points at most; stored as float32
+                20 nearest neighbours stay and the scores of kNN and linear probe move by 0.2 points at most; stored
+                as float32
 
     An extraction that was killed goes on behind its last whole batch, and gives the same numbers.
     Raises InputError for an unknown floor or pool, a model without the token or layers asked for, an input size

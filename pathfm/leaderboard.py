@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from filelock import FileLock
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pathfm import figures, panels, runs, scores, study, tables, tasks
+from pathfm import confounding, figures, panels, runs, scores, study, tables, tasks
 from pathfm.comparisons import Ranks, mean_ranks
 from pathfm.errors import InputError, nearest
 from pathfm.scores import Prediction
@@ -24,8 +25,8 @@ RESULTS = "probes"  # results/probes.csv, a row a model, task, part and protocol
 KEY = ["model", "task", "part", "protocol"]
 COLUMNS = [
     "model", "pretrained_on", "task", "part", "metric", "score", "low", "high", "spread", "runs", "protocol",
-    "published", "floor", "n_tiles", "n_patients", "best_floor", "gain", "gain_low", "gain_high", "verdict", "seen",
-    "source", "note",
+    "published", "floor", "n_tiles", "n_patients", "n_quarantined", "best_floor", "gain", "gain_low", "gain_high",
+    "verdict", "auc", "auc_low", "auc_high", *confounding.COLUMNS, "seen", "source", "note",
 ]  # fmt: skip
 ABOUT = ("model", "published", "pretrained_on", "seen")  # columns of `wide` that are no score
 STAMP = ["commit", "date", "device", "generator"]
@@ -33,6 +34,8 @@ NO_TISSUE = {"none", "ImageNet", "natural images", "synthetic"}  # pretrained on
 SWEEPS = {"answers": "tiles (synthetic)", "real": "real tiles"}  # what the files of sweeps.ANSWERS were tested on
 FLOORS = {"random weights": "random weights", "colour": "colour mean and spread", "colour + LBP": "colour + LBP"}
 PART = {"validate": "val", "test": "test"}  # of the role that a probe says it is reported on
+# What the readers of tasks add to a name: the split, a draw, what is missing, a leak.
+ADDED = re.compile(r"(?: \(clean split\)|, run \d+|, partial: [\d,]+(?: of [\d,]+)?|, patients on two sides)+$")
 
 
 def published() -> pd.DataFrame:
@@ -72,13 +75,19 @@ def rows(protocol: str | None = None) -> pd.DataFrame:
     return table if protocol is None else table[table["protocol"] == protocol].reset_index(drop=True)
 
 
+def plain(task: str) -> str:
+    """The task that a recorded name is of: "til, partial: 48 of 304,097" is til, "mhist (clean split)" mhist."""
+    return ADDED.sub("", task)
+
+
 def seen(pretrained_on: str, task: str) -> str:
     """Whether a model may have seen a task's patients or slides: "no", "unknown", or the source that both are of.
 
+    task           as it was recorded, `plain` or not
     pretrained_on  sources joined by +, such as "TCGA+GTEx"; "none", "ImageNet" or "synthetic" saw none
     """
     sources = set(str(pretrained_on).split("+"))
-    known = tasks.TASKS.get(task)
+    known = tasks.TASKS.get(plain(task))
     overlap = dict.fromkeys(SOURCES_OF_TISSUE, "unknown") if known is None else known.overlap
     both = [source for source in SOURCES_OF_TISSUE if overlap[source] == "yes" and source in sources]
     if both:
@@ -112,7 +121,7 @@ def row_of(
         "part": PART[first.settings.get("reported on", "test")],
         "metric": "balanced accuracy",
         "score": one["balanced_accuracy"],
-        **one[["low", "high", "n_tiles", "n_patients", "gain", "gain_low", "gain_high", "verdict"]],
+        **one[["low", "high", "n_tiles", "n_patients", "n_quarantined", "gain", "gain_low", "gain_high", "verdict"]],
         "runs": len(each),
         "spread": np.std(each, ddof=1) if len(each) > 1 else np.nan,
         "protocol": one["probe"],
@@ -159,6 +168,39 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     ranks = found[order].rank(ascending=False).mean(axis=1)
     found = found.loc[ranks.sort_values(kind="stable").index].reset_index()
     return found.assign(published=np.where(found["published"], "published", ""))
+
+
+def ours(table: pd.DataFrame) -> pd.DataFrame:
+    """What `wide` has no room for, a row a recorded score of `rows`: intervals, the gain over the best floor, verdict.
+
+    Sizes, the images that could not be read, the AUC and what features know of centre and slide (`confounding`) stand
+    beside them where any row has them. Floors, which have no gain, are left out.
+    """
+    mine = table[~table["published"] & ~table["floor"]]
+    found = pd.DataFrame(
+        {
+            "model": mine["model"],
+            "on": [_column(one) for one in mine.itertuples()],
+            "score": _reach(mine, "score", "low", "high"),
+            "gain": _reach(mine, "gain", "gain_low", "gain_high"),
+            "over": mine["best_floor"].astype(object).fillna(""),
+            "verdict": mine["verdict"].astype(object).fillna(""),
+        }
+    )
+    found["auc"] = _reach(mine, "auc", "auc_low", "auc_high")
+    for name in ("n_tiles", "n_patients", "n_quarantined"):
+        found[name] = mine[name].astype("Int64")
+    found[list(confounding.COLUMNS)] = mine[list(confounding.COLUMNS)].astype(float)
+    empty = [name for name in found if found[name].isna().all() or (found[name] == "").all()]
+    return found.drop(columns=empty).reset_index(drop=True)
+
+
+def _reach(table: pd.DataFrame, value: str, low: str, high: str) -> list[str]:
+    """'0.812 (0.790 to 0.834)' of each row, without the brackets where no interval is known, "" without a value."""
+    said = []
+    for a, b, c in table[[value, low, high]].astype(float).itertuples(index=False):
+        said.append("" if np.isnan(a) else f"{a:.3f}" + ("" if np.isnan(b) else f" ({b:.3f} to {c:.3f})"))
+    return said
 
 
 def _told(rows: pd.DataFrame) -> pd.Series:
@@ -209,13 +251,13 @@ def write(folder: str | Path, protocol: str | None = None) -> list[Path]:
     folder, table = Path(folder), rows(protocol)
     written = [_csv(table, folder / "rows.csv")]
     for name, scored in table.groupby("protocol", sort=False):
-        board = wide(scored)
-        written.append(_csv(board.round(4), folder / f"{name}.csv"))
+        board, stem = wide(scored), name.replace(", ", "-")
+        written.append(_csv(board.round(4), folder / f"{stem}.csv"))
         caption = f"Protocol {name}. Published scores are marked; seen: tasks whose patients a model may have seen."
-        with atomic(folder / f"{name}.tex", "w") as file:
-            file.write(tables.latex(board, caption, f"tab:{name}", decimals=3))
+        with atomic(folder / f"{stem}.tex", "w") as file:
+            file.write(tables.latex(board, caption, f"tab:{stem}", decimals=3))
         drawn = figure(scored)
-        written += [folder / f"{name}.tex", figures.save(drawn, name, folder)]
+        written += [folder / f"{stem}.tex", figures.save(drawn, stem, folder)]
         plt.close(drawn)
     return written
 

@@ -197,10 +197,12 @@ def pooled(
     name: str = "features",
     folder: str | Path | None = None,
     probe: Callable[..., Prediction] = linear,
+    **how,
 ) -> Features:
     """A model's features of the pooling that validates best: CLS, mean of the patch tokens, or both.
 
     model  a backbone with its `preprocess`, or its name, as `backbones.load` takes it
+    how    device, layers and precision of `features.extract`
     """
     from pathfm import backbones
     from pathfm.features import extract, pools
@@ -209,7 +211,7 @@ def pooled(
         model, own = backbones.load(model)
         preprocess = preprocess or own
     pool = "both" if getattr(model, "cls_token", None) is not None else "mean"
-    found = pools(extract(model, tiles, preprocess, pool, name, folder))
+    found = pools(extract(model, tiles, preprocess, pool, name, folder, **how))
     return max(found, key=lambda features: probe(features).settings["validate"])
 
 
@@ -261,12 +263,13 @@ def floor_predictions(
     probe: Callable[..., Prediction] = linear,
     folder: str | Path | None = None,
     seed: int = 0,
+    **how,
 ) -> list[Prediction]:
     """The answers of every floor on the same roles, probe and search: what any features must beat.
 
     Chance; colour mean and spread; colour histogram; local binary patterns; both; size, mpp and magnification
     where they vary; and, with `model`, the same architecture with random weights: CLS, mean or both, whichever
-    is best on validate.
+    is best on validate; `how` is that of `pooled`.
     """
     from pathfm.features import extract, metadata_columns, random_twin
 
@@ -274,7 +277,7 @@ def floor_predictions(
     answers = [probe(extract(name, tiles, name=FLOOR_NAMES[name], folder=folder)) for name in wanted]
     if model is not None:
         twin = random_twin(model, seed)
-        answers.append(probe(pooled(twin, tiles, preprocess, "random weights", folder, probe)))
+        answers.append(probe(pooled(twin, tiles, preprocess, "random weights", folder, probe, **how)))
     return [replace(answer, floor=True) for answer in answers]
 
 

@@ -16,9 +16,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pathfm import export
-from pathfm.benchmarks import patients
+from pathfm.benchmarks import patient_column, patients
 from pathfm.errors import InputError, nearest
-from pathfm.scores import RESAMPLES, Difference, Interval, verdict
+from pathfm.scores import RESAMPLED, RESAMPLES, Difference, Interval, verdict
 from pathfm.segmentation import DECODERS, dice, dice_loss, of_images
 from pathfm.storage import progress
 from pathfm.tasks.nuclei import NucleiSet
@@ -109,6 +109,11 @@ class Segmented:
     window_px: int
     predict: Callable[[np.ndarray], np.ndarray]
 
+    @property
+    def resampled(self) -> str:
+        """What intervals are drawn over. Those by image are too narrow: images of one patient resemble each other."""
+        return RESAMPLED[patient_column(self.images.table)]
+
     def interval(self, clean: bool = False, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
         """Dice as eva reports it, mean over runs and pieces, with its bootstrap by patient, or image if unknown."""
         return _bootstrapped(self._people(), self._scores(clean), resamples, seed)
@@ -135,6 +140,7 @@ class Segmented:
         """One row: the score with its interval, each class, sizes, and what was left out."""
         found, by_class = self.interval(), pd.DataFrame(self.each.reshape(-1, self.each.shape[2])).mean()
         row = {"features": self.name, "dice": found.value, "low": found.low, "high": found.high}
+        row["interval"] = self.resampled
         if self.images.ignored:
             row[f"dice without {self.images.ignored}"] = self.interval(clean=True).value
         row |= dict(zip(self.images.classes, by_class, strict=True)) | {"role": self.role}
@@ -159,14 +165,17 @@ def fit(
     protocol: SegmentationProtocol | None = None,
     preprocess: Callable | None = None,
     name: str | None = None,
+    device: str | None = None,
 ) -> Segmented:
     """Decoders on the frozen tokens of `model`, trained on probe-train, stopped on validate, reported on test.
 
     protocol    None: eva's of the task that `images` is, else the defaults
     preprocess  None takes the folder's; the pieces keep their size
+    device      to move the model to, where the decoders are trained too; None leaves it where it is
 
     The tokens are those of the last block before the final norm, as eva takes them from timm. Raises InputError for
-    an unknown decoder, a role without images, a size that the patch does not divide, and a network without blocks.
+    an unknown decoder, a role without images, a size that the patch does not divide, a network without blocks, and
+    tokens that are not finite.
     """
     protocol = protocol or EVA.get(images.name.split(" ")[0].split(",")[0], SegmentationProtocol())
     if protocol.decoder not in DECODERS:
@@ -174,7 +183,8 @@ def fit(
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
     if isinstance(model, str | Path):
         model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
-    seen = _Seen(model.eval(), preprocess or export.Preprocess(protocol.input_px))
+    model = model.eval() if device is None else model.eval().to(device)
+    seen = _Seen(model, preprocess or export.Preprocess(protocol.input_px), label)
     rows = _roles(images)
     role = "test" if len(rows["test"]) else "validate"
     parts = {part: pieces(images, rows[part], protocol) for part in {"probe-train", "validate", role}}
@@ -214,11 +224,14 @@ class _Seen(NamedTuple):
 
     model: nn.Module
     preprocess: Callable
+    name: str
 
     def check(self, some: Pieces) -> None:
         """Raises InputError where the network does not take the pieces."""
         try:
             self.batch(Pieces(*(part[:1] for part in some)))
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, RuntimeError) as error:
             px = some.images.shape[1]
             raise InputError(f"{type(self.model).__name__} refuses an input of {px} x {px} px: {error}") from None
@@ -227,10 +240,14 @@ class _Seen(NamedTuple):
 
     @torch.no_grad()
     def batch(self, some: Pieces, at_once: int = 64) -> Batch:
-        images = [self._normalised(part) for part in np.array_split(some.images, -(-len(some.images) // at_once))]
+        device = next(self.model.parameters()).device
+        parts = np.array_split(some.images, -(-len(some.images) // at_once))
+        images = [self._normalised(part).to(device) for part in parts]
         how = {"indices": 1, "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
         tokens = torch.cat([self.model.forward_intermediates(x, **how)[0] for x in images])
-        return Batch(tokens, torch.cat(images), torch.from_numpy(some.masks).long())
+        if not tokens.isfinite().all():
+            raise InputError(f"tokens of '{self.name}' hold NaN or infinity; look at the weights")
+        return Batch(tokens, torch.cat(images), torch.from_numpy(some.masks).long().to(device))
 
     def _normalised(self, pixels: np.ndarray) -> Tensor:
         if isinstance(self.preprocess, export.Preprocess):
@@ -242,7 +259,8 @@ def _train(seen, images, rows, parts, held, protocol, outputs, ignored, seed) ->
     """One run: the decoder of its best epoch, the steps until then, its Dice on validate."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = DECODERS[protocol.decoder](held["validate"].tokens.shape[1], outputs)
+        tokens = held["validate"].tokens
+        decoder = DECODERS[protocol.decoder](tokens.shape[1], outputs).to(tokens.device)
         optimiser = torch.optim.AdamW(decoder.parameters(), lr=protocol.lr)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1 / 3, protocol.slow_epochs)
         best, score, when, waited, step = decoder, -1.0, 0, 0, 0
@@ -286,7 +304,7 @@ def _predict(decoder: nn.Module, held: Batch, protocol: SegmentationProtocol) ->
     """(P, px, px) uint8 classes."""
     decoder.eval()
     parts = zip(*(part.split(protocol.batch_size) for part in held[:2]), strict=True)
-    return torch.cat([decoder(*part).argmax(dim=1).to(torch.uint8) for part in parts]).numpy()
+    return torch.cat([decoder(*part).argmax(dim=1).to(torch.uint8) for part in parts]).cpu().numpy()
 
 
 def _roles(images: NucleiSet) -> dict[str, np.ndarray]:

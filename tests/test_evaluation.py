@@ -68,7 +68,8 @@ def test_the_row_is_that_of_the_probe_with_its_floors(tmp_path, small):
     assert table.iloc[0]["features"] == "mine" and table["floor"].sum() >= 5
     assert row["best_floor"] in set(table.loc[table["floor"], "features"])
     assert set(confounding.COLUMNS) <= set(table) and table[list(confounding.COLUMNS)].iloc[1:].isna().all(axis=None)
-    assert (row["model"], row["task"], row["part"], row["protocol"]) == ("mine", "data", "test", "linear")
+    told = ("mine (mean)", "data", "test", "linear")
+    assert (row["model"], row["task"], row["part"], row["protocol"]) == told
     assert (
         row["note"].endswith("; pool mean")
         and row["n_patients"] == tiles.table.query("role == 'test'")["patient_id"].nunique()
@@ -125,12 +126,12 @@ def test_other_protocols_report_on_validate_where_the_official_split_does(tmp_pa
     miniatures.mhist(tmp_path / "data")
     tiles = evaluation.labelled(tmp_path / "data", "mhist", "official", allow_partial=True)
     row, table = evaluation.evaluate(small, tiles, "mhist", protocol, name="mine")
-    assert (row["part"], row["protocol"], row["task"]) == ("val", protocol, "mhist")
+    assert (row["part"], row["protocol"], row["task"]) == ("val", protocol, "mhist, partial: 24 of 3,152")
     assert row["n_tiles"] == (tiles.table["role"] == "validate").sum() and 0 <= row["score"] <= 1
     assert row["runs"] == (5 if protocol.startswith("eva") else 1) and table["probe"].eq(protocol).all()
     leaderboard.record([row])
     board = leaderboard.wide(leaderboard.rows(protocol))
-    assert "mine" in set(board["model"]) and "mhist val" in board
+    assert "mine" in set(board["model"]) and "mhist, partial: 24 of 3,152 val" in board
 
 
 def test_pathorob_gets_its_index(tmp_path, small):

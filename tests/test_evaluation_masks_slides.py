@@ -35,7 +35,8 @@ def consep(tmp_path):
 
 def test_masks_give_a_row_with_the_gain_over_random_weights(consep, small):
     row, table = evaluation.masks(small, consep, "consep", DECODER)
-    assert (row["metric"], row["part"], row["protocol"], row["runs"]) == ("Dice", "val", "eva-2026", 2)
+    assert (row["metric"], row["part"], row["protocol"], row["runs"]) == ("Dice", "val", "eva-2026, changed", 2)
+    assert row["note"] == "by image (too narrow); decoder of image" and table["interval"][0] == "by image (too narrow)"
     assert table["features"].tolist() == ["small", "random weights"] and table["dice"][0] == row["score"]
     assert row["gain"] == pytest.approx(table["dice"][0] - table["dice"][1], abs=1e-9)
     assert row["gain_low"] <= row["gain"] <= row["gain_high"] and row["n_tiles"] == 4
@@ -66,13 +67,40 @@ def labels(tmp_path):
     return csv, slides
 
 
+ALONE = ["cancer type alone", "site alone", "cancer type and site"]
+
+
 def test_slides_give_a_row_of_all_runs(labels, small):
     slides = tasks.read("tp53", labels[0], slides=labels[1])
     row, table = evaluation.slide_labels(small, slides, "tp53", protocol=HEAD)
-    assert (row["metric"], row["part"], row["protocol"], row["runs"]) == ("balanced accuracy", "test", "eva-2026", 3)
-    assert table["features"].tolist() == ["small", "random weights", "colour + LBP"]
-    assert table["floor"].tolist() == [False, True, True] and table["auc"].isna().all()  # too few of a class
-    assert row["best_floor"] in ("random weights", "colour + LBP") and "abmil; pool cls" in row["note"]
+    told = ("balanced accuracy", "test", "eva-2026, changed", 3)
+    assert (row["metric"], row["part"], row["protocol"], row["runs"]) == told
+    assert table["features"].tolist() == ["small", "random weights", "colour + LBP", *ALONE]
+    assert table["floor"].tolist() == [False] + [True] * 5
+    assert table["auc"].isna().all() and np.isnan(row["auc"])  # too few of a class
+    assert row["best_floor"] in set(table["features"][1:])
+    assert row["note"] == "by patient; our split by site, seed 0; abmil; pool cls"
+
+
+def test_the_hospital_alone_is_a_floor_with_its_auc(labels, small, monkeypatch):
+    """Sites that train and test, and decide the label: the floor of the site is right about every slide."""
+    table = pd.read_csv(labels[0])
+    site = table["slide_id"].str[5:7]
+    table["label"] = np.where(site.isin(["AA", "CC", "EE"]), "mutant", "wild type")
+    table["role"] = np.array(["probe-train", "validate", "test", "test"])[np.arange(24) // 6]
+    table.to_csv(labels[0], index=False)
+    slides = tasks.read("tp53", labels[0], slides=labels[1])
+    monkeypatch.setattr(slide_probe, "MIN_EACH", 6)
+    row, found = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD)
+    found = found.set_index("features")
+    assert found.loc["site alone", ["balanced_accuracy", "auc"]].tolist() == [1, 1]
+    assert found.loc["cancer type alone", ["balanced_accuracy", "auc"]].tolist() == [0.5, 0.5]
+    assert row["best_floor"] in ("site alone", "cancer type and site", "colour + LBP", "random weights")
+    assert row["gain"] == pytest.approx(row["score"] - 1) and row["protocol"] == "eva-2026, mean, changed"
+    assert row["auc"] == found.loc["small", "auc"] and row["auc_low"] <= row["auc"] <= row["auc_high"]
+    assert "the table's own roles" in row["note"]
+    kept = leaderboard.recorded() if leaderboard.record([row]) else None
+    assert kept["auc"].iloc[0] == pytest.approx(row["auc"], abs=1e-4)
 
 
 def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):
@@ -95,9 +123,16 @@ def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monke
     monkeypatch.setitem(tasks.TASKS, "consep", task)
     told = ["evaluate", small, str(tmp_path / "consep"), "--task", "consep", "--decoder", "tokens", "--record", "true"]
     assert main(told) == 0 and "dice" in capsys.readouterr().out
+    assert main([*told, "--split", "official", "--decoder", "image"]) == 0
+    assert main([*told, "--layers", "2"]) == 2
+    assert "consep is scored on the last block" in capsys.readouterr().err
     told = ["evaluate", small, str(labels[0]), "--task", "tp53", "--slides", str(labels[1]), "--head", "mean"]
     assert main([*told, "--record", "true"]) == 0
     kept = leaderboard.recorded().set_index("task")
-    assert kept.loc["consep", "note"] == "decoder of tokens" and kept.loc["tp53", "note"].endswith("mean; pool cls")
+    assert set(kept.index) == {"consep (clean split)", "consep", "tp53"}  # no split replaces the other
+    assert kept["protocol"].tolist() == ["eva-2026, tokens", "eva-2026", "eva-2026, mean"]
+    assert kept["part"].tolist() == ["test", "val", "test"]
+    assert kept.loc["consep (clean split)", "note"] == "by image (too narrow); decoder of tokens"
+    assert kept.loc["tp53", "note"] == "by patient; our split by site, seed 0; mean; pool cls"
     assert main([*told, "--protocol", "linear"]) == 2
     assert "tp53 is scored by eva-2026 and not by 'linear'" in capsys.readouterr().err

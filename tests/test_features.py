@@ -255,13 +255,16 @@ def test_bfloat16_is_taken_where_neighbours_and_scores_stay(tiles, tmp_path, mon
 def test_agreement_counts_neighbours_and_points():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 8)), np.arange(60) % 2
-    assert extractors.agreement(x, x, y) == (1.0, 0.0)
+    assert extractors.agreement(x, x, y) == (1.0, 0.0, 0.0)
     ids = [np.argsort(-np.where(np.eye(60), -9, c))[:, :5] for c in (_cosines(x), _cosines(x[:, :4]))]
     shared = np.mean([len(set(p) & set(q)) / 5 for p, q in zip(*ids, strict=True)])
     assert extractors.agreement(x, x[:, :4], k=5).neighbours == pytest.approx(shared)
     assert np.isnan(extractors.agreement(x, x).score)
     assert not extractors.Agreement(0.98, 0.0).same and not extractors.Agreement(1.0, -0.003).same
-    assert extractors.Agreement(0.99, np.nan).same
+    assert extractors.Agreement(0.99, np.nan).same and not extractors.Agreement(1.0, np.nan, 0.003).same
+    same_neighbours = np.c_[x / np.linalg.norm(x, axis=1, keepdims=True), 1e-3 * (2 * y - 1)]
+    found = extractors.agreement(same_neighbours[:, :8], same_neighbours, y)  # too little for a neighbour, not a probe
+    assert found.neighbours > 0.99 and found.linear > 0.3 and not found.same
 
 
 def _cosines(x):

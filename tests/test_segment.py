@@ -188,6 +188,23 @@ def test_wrong_calls_say_what_would_be_right(squares, tmp_path):
         segment.fit(tiny_vit(), from_folder_without_roles(squares), SMALL)
 
 
+def test_tokens_that_are_not_finite_are_no_score(squares):
+    model = tiny_vit()
+    with torch.no_grad():
+        model.pos_embed[0, 1, 0] = torch.nan
+    with pytest.raises(InputError, match="tokens of 'broken' hold NaN or infinity; look at the weights"):
+        segment.fit(model, squares, SMALL, name="broken")
+
+
+def test_intervals_say_what_they_are_drawn_over(squares):
+    import dataclasses
+
+    found = segment.fit(tiny_vit(), squares, dataclasses.replace(SMALL, steps=2), device="cpu")
+    assert found.resampled == "by patient" and found.summary()["interval"].tolist() == ["by patient"]
+    unknown = dataclasses.replace(squares, table=squares.table.drop(columns="patient_id"))
+    assert dataclasses.replace(found, images=unknown).resampled == "by image (too narrow)"
+
+
 def from_folder_without_roles(images):
     import dataclasses
 

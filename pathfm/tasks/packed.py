@@ -52,10 +52,13 @@ class PackedTiles(TileSet):
         return [found[index] for index in table.index]
 
 
-def read(task: Task, folder: str | Path, split: str = "official", allow_partial: bool = False, run: int = 0) -> TileSet:
+def read(
+    task: Task, folder: str | Path, split: str = "official", allow_partial: bool = False, run: int | None = 0
+) -> TileSet:
     """PCam from its six files camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, as gunzip leaves them.
 
-    run   which draw of ten images a class of the training part (the task pcam_10shot; eva makes 50)
+    run   which draw of ten images a class of the training part (the task pcam_10shot; eva makes 50); None: all of
+          that part, for a protocol that draws them itself
 
     With the files ..._meta.csv beside them the table has the slide of each image. Raises InputError for a file that
     is missing, cut off or of another shape, and for labels of another file.
@@ -70,7 +73,7 @@ def read(task: Task, folder: str | Path, split: str = "official", allow_partial:
     note = checks.partial(task, table.reset_index(drop=True), folder, allow_partial)
     table = table.drop(columns="slide_id") if table["slide_id"].isna().any() else table
     only = None
-    if task.name == "pcam_10shot":
+    if task.name == "pcam_10shot" and run is not None:
         train = (table["split"] == "train").to_numpy()
         drawn = table["file"][train].iloc[shots(table["label"].to_numpy()[train], run)]
         only, note = {*drawn, *table["file"][~train]}, ", ".join(filter(None, [f"run {run}", note]))

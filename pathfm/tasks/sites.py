@@ -77,6 +77,23 @@ def floors(table: pd.DataFrame, n: int = 5, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def alone(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """What cancer type alone, site alone and both say of the slides with role test, from those with another role.
+
+    Log-odds of the second class by slide_id, as in `floors`: above 0 it is the likelier one than among all. What is
+    known of no slide is left out. Raises InputError where there are not two classes.
+    """
+    labels = sorted(table["label"].unique())
+    if len(labels) != 2:
+        raise InputError(f"floors by site are for two classes, not {len(labels)}")
+    test, found = table["role"] == "test", {}
+    for name, columns in FLOORS.items():
+        if all((table[column] != "").any() for column in columns):
+            said = _rates(table[~test], table[test], list(columns), labels[1])
+            found[f"{name} alone" if len(columns) == 1 else name] = said.set_axis(table.loc[test, "slide_id"])
+    return found
+
+
 def _rates(train: pd.DataFrame, test: pd.DataFrame, columns: list[str], positive: str) -> pd.Series:
     """(test,) log-odds of `positive` by group against the rate of all training slides, 0 for an unseen group."""
     hit = (train["label"] == positive).astype(float)

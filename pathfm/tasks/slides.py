@@ -40,12 +40,14 @@ class SlideSet:
     table    index 0..n-1; slide_id, patient_id, label, site, cancer_type, role, all text, and path where the slides
              lie. A patient that is not known is the slide itself, a site or cancer type that is not known is ""
     classes  in the official order
+    split    where its roles are from, in words; "" where nothing is known of it
     """
 
     name: str
     table: pd.DataFrame
     classes: tuple[str, ...]
     mpp: float | None = None
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -76,7 +78,10 @@ class SlideSet:
 
 
 def read(task: Task, folder: str | Path, split: str = "official", allow_partial: bool = False, **how) -> SlideSet:
-    """Camelyon16 or PANDA as they unpack, or a CSV of labels; no slide is opened here."""
+    """Camelyon16 or PANDA as they unpack, or a CSV of labels; no slide is opened here.
+
+    Each knows one split, whatever `split` asks for, and its name is in the result.
+    """
     readers = {"camelyon16_small": _camelyon16, "panda_small": _panda}
     if task.name not in readers:
         return read_labels(task, folder, **how)
@@ -84,7 +89,7 @@ def read(task: Task, folder: str | Path, split: str = "official", allow_partial:
         raise InputError(f"{task.name} takes no {next(iter(how))}")
     table, folder = readers[task.name](task, Path(folder).expanduser(), allow_partial)
     note = checks.partial(task, table, folder, allow_partial)
-    return _slide_set(task, table.assign(role=table["split"].map(ROLE)).drop(columns="split"), note)
+    return _slide_set(task, table.assign(role=table["split"].map(ROLE)).drop(columns="split"), note, "official split")
 
 
 def read_labels(task: Task, csv: str | Path, slides: str | Path | None = None, seed: int = 0) -> SlideSet:
@@ -110,14 +115,15 @@ def read_labels(task: Task, csv: str | Path, slides: str | Path | None = None, s
             raise InputError(f"{csv} has no column 'cancer_type'; TP53 is split and floored within cancer types")
     if slides is not None:
         table["path"] = _paths(table["slide_id"], Path(slides).expanduser())
-    own = task.classes or tuple(sorted(table["label"].unique()))
+    own, split = task.classes or tuple(sorted(table["label"].unique())), "the table's own roles"
     if "role" not in table:
+        split = f"our split by site, seed {seed}"
         table = next(iter(sites.folds(table, seed=seed)))[1]
     odd = sorted(set(table["role"].astype(str)) - set(ROLE.values()))
     if odd:
         raise InputError(f"{csv}: role '{odd[0]}' is none of {', '.join(ROLE.values())}")
     check_roles(table)
-    return _slide_set(replace(task, classes=own), table, "")
+    return _slide_set(replace(task, classes=own), table, "", split)
 
 
 def of_tiles(tiles: TileSet, task: Task) -> SlideSet:
@@ -133,13 +139,13 @@ def of_tiles(tiles: TileSet, task: Task) -> SlideSet:
     return _slide_set(task, table, tiles.name.partition(", ")[2])
 
 
-def _slide_set(task: Task, table: pd.DataFrame, note: str) -> SlideSet:
+def _slide_set(task: Task, table: pd.DataFrame, note: str, split: str = "") -> SlideSet:
     for column in ("site", "cancer_type"):
         table[column] = table[column].fillna("") if column in table else ""
     rest = [column for column in table if column not in COLUMNS]
     checks.classes(task.name, table, task.classes)
     name = ", ".join(filter(None, [task.name, note]))
-    return SlideSet(name, table[COLUMNS + rest].reset_index(drop=True), task.classes, task.mpp)
+    return SlideSet(name, table[COLUMNS + rest].reset_index(drop=True), task.classes, task.mpp, split)
 
 
 def _people(table: pd.DataFrame, csv: Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 
 from pathfm.errors import InputError
@@ -20,13 +21,21 @@ class Evaluate:
         "linear (when empty), kNN, logistic (UNI's), SimpleShot, eva-2024 or eva-2026; masks and slides know eva-2026 "
         "alone, PathoROB's sets have their own",
     )
-    split: str = setting("clean", "clean, or official: many official ones stop and report on the same images")
+    split: str = setting(
+        "clean",
+        "clean, or official: many official ones stop and report on the same images. Slides know one split, and folders "
+        "have their own roles: the row's note says which",
+    )
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     patient: str = setting("", "column of a manifest.csv that plays the patient, such as block")
-    decoder: str = setting("image", "of masks: image (tokens and pixels) or tokens")
-    head: str = setting("abmil", "of slides: abmil, transmil, mean or max")
+    decoder: str = setting("image", "of masks: image (tokens and pixels; eva's) or tokens")
+    head: str = setting("abmil", "of slides: abmil (eva's), transmil, mean or max")
     slides: str = setting("", "folder of the slides, where data is a CSV of their labels")
     images: str = setting("", "folder of PathoROB's images, where data has its metadata")
+    embeddings: str = setting("", "of PathoROB in place of images: <centre>.npz of features that are made already")
+    layers: int = setting(1, "the last so many blocks side by side; of tiles and slides")
+    precision: str = setting("float32", "float32, bfloat16, or for tiles auto: bfloat16 where a sample shows no harm")
+    device: str = setting("", "such as cuda; the CPU when empty")
     name: str = setting("", "of the backbone on the leaderboard; its own when empty")
     pretrained_on: str = setting("not stated", "such as TCGA or TCGA+GTEx: who has seen which patients")
     mean: float = setting(-1.0, "of the input's normalisation; the backbone's own when below 0")
@@ -36,38 +45,72 @@ class Evaluate:
     record: bool = setting(False, "write the row to results/probes.csv, for `pathfm leaderboard`")
 
     def __call__(self) -> None:
-        from pathfm import evaluation, leaderboard
+        from pathfm import leaderboard, tasks
 
-        own = {"pool": self.pool, "pretrained_on": self.pretrained_on, "name": self.name, "input_px": self.input_px}
-        own |= {key: None if value < 0 else value for key, value in (("mean", self.mean), ("std", self.std))}
-        if self.images:
-            row = evaluation.robustness(self.backbone, self.task, self.data, self.images, **own)
+        kind = tasks.about(self.task).kind
+        if kind == "robustness":
+            row = self._robustness()
             print(f"{row['model']}: robustness index {row['score']:.3f} on {row['task']} ({row['note']})")
+        elif self.images or self.embeddings:
+            raise InputError(f"images and embeddings are of PathoROB's sets; {self.task} has its images in data")
         else:
-            row, table = self._scored(own)
+            row, table = {"tiles": self._tiles, "segmentation": self._masks, "slides": self._slides}[kind]()
             print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
         if self.record:
             print(leaderboard.record([row]))
 
-    def _scored(self, own: dict):
+    def _own(self) -> dict[str, typing.Any]:
+        """Of the backbone, whatever it is scored on."""
+        said = {"mean": self.mean, "std": self.std}
+        own = {key: None if value < 0 else value for key, value in said.items()} | {"input_px": self.input_px}
+        return own | {"pretrained_on": self.pretrained_on, "name": self.name, "device": self.device or None}
+
+    def _features(self) -> dict[str, typing.Any]:
+        return {name: getattr(self, name) for name in ("pool", "layers", "precision")}
+
+    def _only(self, protocol: str) -> None:
+        if self.protocol not in ("", protocol):
+            raise InputError(f"{self.task} is scored by {protocol} and not by '{self.protocol}'")
+
+    def _robustness(self) -> dict:
+        from pathfm import evaluation
+
+        self._only(evaluation.ROBUSTNESS)
+        where = {"images": self.images, "embeddings": self.embeddings, "allow_partial": self.allow_partial}
+        return evaluation.robustness(self.backbone, self.task, self.data, **where, **self._own(), **self._features())
+
+    def _tiles(self) -> tuple:
+        from pathfm import evaluation
+
+        protocol, how = self.protocol or "linear", {"patient": self.patient} if self.patient else {}
+        how |= {"protocol": protocol, "allow_partial": self.allow_partial}
+        tiles = evaluation.labelled(self.data, self.task, self.split, **how)
+        return evaluation.evaluate(
+            self.backbone, tiles, self.task, protocol=protocol, **self._own(), **self._features()
+        )
+
+    def _masks(self) -> tuple:
         from dataclasses import replace
 
-        from pathfm import evaluation, segment, tasks
+        from pathfm import evaluation, segment
 
-        kind, how = tasks.about(self.task).kind, {"allow_partial": self.allow_partial}
-        if kind == "tiles":
-            how |= {"patient": self.patient} if self.patient else {}
-            tiles = evaluation.labelled(self.data, self.task, self.split, **how)
-            return evaluation.evaluate(self.backbone, tiles, protocol=self.protocol or "linear", **own)
-        if self.protocol not in ("", evaluation.EVA):
-            raise InputError(f"{self.task} is scored by {evaluation.EVA} and not by '{self.protocol}'")
-        how |= {"slides": self.slides} if self.slides else {}
-        data = tasks.read(self.task, self.data, "official", **how)
-        if kind == "slides":
-            return evaluation.slide_labels(self.backbone, data, self.task, self.head, **own)
-        own.pop("pool")
+        if (self.layers, self.precision) != (1, "float32"):
+            raise InputError(f"{self.task} is scored on the last block in float32; leave layers and precision out")
         protocol = replace(segment.EVA.get(self.task, segment.SegmentationProtocol()), decoder=self.decoder)
-        return evaluation.masks(self.backbone, data, self.task, protocol, **own)
+        return evaluation.masks(self.backbone, self._read(), self.task, protocol, **self._own())
+
+    def _slides(self) -> tuple:
+        from pathfm import evaluation
+
+        data = self._read({"slides": self.slides} if self.slides else {})
+        return evaluation.slide_labels(self.backbone, data, self.task, self.head, **self._own(), **self._features())
+
+    def _read(self, how: dict[str, typing.Any] | None = None) -> typing.Any:
+        """Masks or slides, which are scored by eva's protocol alone."""
+        from pathfm import evaluation, tasks
+
+        self._only(evaluation.EVA)
+        return tasks.read(self.task, self.data, self.split, allow_partial=self.allow_partial, **(how or {}))
 
 
 @dataclass(frozen=True)
@@ -83,6 +126,9 @@ class Leaderboard:
         for name, scored in leaderboard.rows(self.protocol or None).groupby("protocol", sort=False):
             board = leaderboard.wide(scored)
             print(f"protocol {name}\n{board.round(3).to_string(index=False, na_rep='-')}\n")
+            mine = leaderboard.ours(scored)
+            if len(mine):
+                print(f"recorded here, with intervals\n{mine.round(3).to_string(index=False, na_rep='-')}\n")
         if self.out:
             figures.use_style()
             for path in leaderboard.write(self.out, self.protocol or None):

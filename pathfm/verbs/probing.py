@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pathfm.verbs.setting import setting
+
+MODEL = "a folder of an export, timm:<model>, hub:<owner/repo or folder>:<entry> or random:<timm model>"
+
+
+def _said(verb: typing.Any) -> dict[str, typing.Any]:
+    """What is said of a backbone's input in place of its own."""
+    below = {name: None if getattr(verb, name) < 0 else getattr(verb, name) for name in ("mean", "std")}
+    return below | {"input_px": verb.input_px}
 
 
 @dataclass(frozen=True)
 class Embed:
     """write frozen features: of labelled tiles one .npz (x, label, path), of slides one .h5 each in the folder out"""
 
-    model: str
+    model: str = field(metadata={"help": MODEL})
     dataset: str
     out: str
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     layers: int = setting(1, "the last so many blocks side by side")
     precision: str = setting("float32", "float32, bfloat16, or for tiles auto: bfloat16 where a sample shows no harm")
     device: str = setting("", "such as cuda; the CPU when empty")
+    mean: float = setting(-1.0, "of the input's normalisation; the backbone's own when below 0")
+    std: float = setting(-1.0, "likewise")
+    input_px: int = setting(0, "side of the input in pixels; the backbone's own when 0")
     slides: bool = setting(False, "the data set is a cohort.csv: every tile of a grid over every slide")
     mpp: float = setting(0.5, "um/px of the tiles of slides")
     tile_px: int = setting(224, "side of the tiles of slides")
@@ -31,7 +42,18 @@ class Embed:
         (self._slides if self.slides else self._tiles)()
 
     def _how(self) -> dict[str, typing.Any]:
-        return {name: getattr(self, name) for name in ("pool", "layers", "precision")} | {"device": self.device or None}
+        from pathlib import Path
+
+        from pathfm import backbones
+        from pathfm.features import FLOORS
+
+        how = {name: getattr(self, name) for name in ("pool", "layers", "precision")} | {"device": self.device or None}
+        if self.model in FLOORS or not (":" in self.model or Path(self.model).exists()):  # whose error offers a floor
+            return {"model": self.model, **how}
+        model, preprocess = backbones.load(self.model, **_said(self))
+        if self.slides and (self.workers > 1 or self.scheduler):
+            model = self.model  # a network does not travel to workers, its name does
+        return {"model": model, "preprocess": preprocess, "name": Path(self.model).name, **how}
 
     def _tiles(self) -> None:
         import numpy as np
@@ -40,7 +62,7 @@ class Embed:
         from pathfm.features import extract
         from pathfm.storage import atomic
 
-        features = extract(self.model, TileSet.from_folder(self.dataset), **self._how())
+        features = extract(tiles=TileSet.from_folder(self.dataset), **self._how())
         table, bad = features.table, features.tiles.quarantined
         with atomic(self.out) as file:
             np.savez_compressed(file, x=features.x, label=table["label"].astype(str), path=table["file"].astype(str))
@@ -54,7 +76,7 @@ class Embed:
         index = SlideIndex.build(Cohort.read(self.dataset), scheduler=self.scheduler or None)
         cut = bags.Cut(self.tile_px, self.mpp, min_tissue=self.min_tissue, most=self.most)
         where = {"workers": self.workers, "scheduler": self.scheduler or None}
-        found = bags.extract(self.model, index, cut, **self._how(), **where)
+        found = bags.extract(index=index, cut=cut, **self._how(), **where)
         print(f"{found.write(self.out)}: {found}")
         for row in found.quarantined.itertuples():
             print(f"quarantined: {row.slide_id}: {row.reason}")
@@ -64,24 +86,30 @@ class Embed:
 class Probe:
     """score a backbone on labelled tiles beside the floors: balanced accuracy with its interval, and a verdict"""
 
-    model: str
+    model: str = field(metadata={"help": MODEL})
     dataset: str
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     split: str = setting("patient", "patient, tile or centre; only where the data set has no roles of its own")
     seed: int = setting(0, "of the split")
     protocol: str = setting("", "a head by eva's protocol too, as eva-2026 or eva-2024")
+    mean: float = setting(-1.0, "of the input's normalisation; the backbone's own when below 0")
+    std: float = setting(-1.0, "likewise")
+    input_px: int = setting(0, "side of the input in pixels; the backbone's own when 0")
 
     def __call__(self) -> None:
-        from pathfm import probe
+        from pathlib import Path
+
+        from pathfm import backbones, probe
         from pathfm.benchmarks import TileSet
-        from pathfm.export import load
         from pathfm.features import extract
 
         tiles = TileSet.from_folder(self.dataset)
         if "role" not in tiles.table:
             tiles = tiles.split(self.split, seed=self.seed)
-        features = extract(self.model, tiles, pool=self.pool)
-        floors = probe.floor_predictions(tiles, *load(self.model))
+        model, preprocess = backbones.load(self.model, **_said(self))
+        features = extract(model, tiles, preprocess, self.pool, Path(self.model).name)
+        # A vector an image has no pools among which random weights could choose.
+        floors = probe.floor_predictions(tiles, None if backbones.only_cls(model) else model, preprocess)
         answers = [probe.linear(features), probe.knn(features)]
         if self.protocol:
             answers.append(probe.eva(features, self.protocol, self.seed))
