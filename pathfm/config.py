@@ -45,7 +45,7 @@ class PretrainConfig:
     min_tissue: float = setting(0.4, "least share of foreground in a tile; [kaiko]")
     # backbone
     model: str = setting("vit_small_patch16_224", "timm name; ViT-S/16 is [kaiko]'s ablation model")
-    init: str = setting("imagenet", "'imagenet', 'random', or a folder or file of weights; [kaiko]")
+    init: str = setting("imagenet", "'imagenet' (DINO's or DINOv2's), 'random', or a folder or file; [kaiko]")
     depth: int = setting(0, "blocks; 0 = the model's own")
     width: int = setting(0, "features; 0 = the model's own")
     heads: int = setting(0, "attention heads; 0 = the model's own")

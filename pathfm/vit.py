@@ -32,9 +32,10 @@ def make_backbone(
 
     The model maps images (B, 3, H, W) in [-1, 1], H and W multiples of its patch, to CLS features (B, D).
 
-    init      "imagenet": timm's weights, fetched or cached; "random": drawn from torch's generator; else a folder
-              (ours or timm's: config.json and model.safetensors) or a file of weights; adapted to patch, size and
-              the inputs' mean and std (`weights.fit_weights`)
+    name      timm's; with a tag, such as vit_small_patch16_224.augreg_in21k, it chooses what "imagenet" means
+    init      "imagenet": timm's weights, DINO's own where there are such, fetched or cached; "random": drawn from
+              torch's generator; else a folder (ours or timm's: config.json and model.safetensors) or a file of
+              weights; adapted to patch, size and the inputs' mean and std (`weights.fit_weights`)
     img_size  pixels a side that the position embedding is made for; other sizes are interpolated
     depth, width, heads, registers, layer_scale  0 = the model's own
 
@@ -45,18 +46,20 @@ def make_backbone(
     model = _create(name, img_size, drop_path, own)
     if str(init) == "random":
         return model, "random weights"
-    start = weights.of_timm(name, model, own) if str(init) == "imagenet" else weights.of_path(init)
+    start = weights.of_timm(name, own) if str(init) == "imagenet" else weights.of_path(init)
     weights.fit_weights(model, start)
     return model, start.said
 
 
 def _create(name: str, img_size: int, drop_path: float, own: dict) -> VisionTransformer:
-    known = timm.list_models("*vit*")
-    if name.split(".")[0] not in known:
+    known, (plain, _, tag) = timm.list_models("*vit*"), name.partition(".")
+    if plain not in known:
         raise InputError(
             f"timm has no vision transformer '{name}'.{nearest(name, known).split(' Known')[0]}"
             " See timm.list_models('*vit*')"
         )
+    if tag and not timm.models.is_model_pretrained(name):
+        raise InputError(f"timm has no weights '{name}'.{nearest(name, timm.list_pretrained(f'{plain}.*'))}")
     try:
         model = timm.create_model(
             name, num_classes=0, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path, **own

@@ -34,28 +34,37 @@ class Start(NamedTuple):
     std: tuple[float, ...] = STD  # red, green and blue from 0 to 1
 
 
-def of_timm(name: str, model: VisionTransformer, own: dict[str, Any]) -> Start:
-    """timm's weights for `name` at their own size. Raises InputError where they cannot be had.
+def of_timm(name: str, own: dict[str, Any]) -> Start:
+    """timm's weights for `name` (`with_tag`) at their own size. Raises InputError where they cannot be had.
 
-    own  what was asked of `model` that is not as `name` has it
+    own  what was asked of the model that is not as `name` has it
     """
     if own:
         raise InputError(f"ImageNet weights fit {name} as it is, not with {own}; take init='random'")
     try:
-        tensors = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        theirs = timm.create_model(with_tag(name), pretrained=True, num_classes=0)
     except Exception as error:  # timm and its hub client raise whatever the network or the cache made them
         raise InputError(
             f"ImageNet weights of {name} cannot be fetched ({type(error).__name__}); set init to a local folder "
             "(config.json and model.safetensors, ours or timm's) or file of weights, or take init='random'"
         ) from error
-    about = model.pretrained_cfg
+    about = theirs.pretrained_cfg  # its mean and std are of these weights, not of the name's default ones
     tag = about.get("tag") or "default"
     return Start(
-        tensors,
+        theirs.state_dict(),
         f"{_seen(tag)} weights of timm ({about['architecture']}.{tag})",
         tuple(about["mean"]),
         tuple(about["std"]),
     )
+
+
+def with_tag(name: str) -> str:
+    """The name by which timm has the weights that "imagenet" stands for: DINO's own, where there are such of `name`.
+
+    kaiko's baselines on ImageNet are DINO's and DINOv2's weights; timm's own choice for ViT-S/16, B/16 and B/8 was
+    trained with labels. A name that has a tag, such as vit_small_patch16_224.augreg_in21k, keeps it.
+    """
+    return f"{name}.dino" if timm.models.is_model_pretrained(f"{name}.dino") else name
 
 
 def _seen(tag: str) -> str:

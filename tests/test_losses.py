@@ -103,6 +103,23 @@ def test_koleo_equals_its_definition_written_out():
     assert float(koleo(x)) == pytest.approx(-sum(map(math.log, nearest)) / 7, rel=1e-6)
 
 
+def slow_koleo(x):
+    """Eq. 2 of Sablayrolles et al. 2019, feature by feature, by scalars that autograd can follow."""
+    unit = [row / sum(v * v for v in row).sqrt() for row in x]
+    logs = []
+    for i, a in enumerate(unit):
+        apart = [sum((u - v) ** 2 for u, v in zip(a, b, strict=True)).sqrt() for j, b in enumerate(unit) if j != i]
+        logs.append(min(apart, key=lambda d: float(d.detach())).log())
+    return -sum(logs) / len(logs)
+
+
+def test_koleo_has_the_gradient_of_its_definition_written_out():
+    x = logits(7, 5, seed=5).requires_grad_()
+    got, want = (torch.autograd.grad(loss(x), x)[0] for loss in (koleo, slow_koleo))
+    assert (got - want).norm() <= 1e-6 * want.norm() and want.norm() > 0.1
+    assert float(koleo(x).detach()) == pytest.approx(float(slow_koleo(x).detach()), rel=1e-6)
+
+
 def test_koleo_pushes_the_nearest_two_apart_and_survives_two_alike():
     x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.1]], dtype=torch.float64).requires_grad_()
     koleo(x).backward()

@@ -14,6 +14,8 @@ from pathfm import closeup, config, pretrain, study
 from pathfm.__main__ import main
 from pathfm.config import METHODS, RECIPES, DinoV2Config, PretrainConfig, make_config, recipe
 from pathfm.errors import InputError
+from pathfm.vit import make_backbone
+from pathfm.weights import with_tag
 
 FILES = sorted((Path(pathfm.__file__).parent / "recipes").glob("*.yaml"))
 PUBLISHED = ["dino-vitb16", "dino-vitb8", "dino-vits16", "dino-vits8", "dinov2-vitl14", "midnight-vitg14"]
@@ -37,6 +39,17 @@ def test_models_exist_and_their_patch_divides_the_views(name):
     assert settings.model in timm.list_models(settings.model)
     patch = int(re.search(r"patch(\d+)", settings.model)[1])
     assert settings.global_px % patch == settings.local_px % patch == 0
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if recipe(name).init == "imagenet"])
+def test_imagenet_stands_for_self_supervised_weights_and_the_recorded_model_can_be_made(name):
+    """timm's own choice for ViT-S/16, B/16 and B/8 would be a classifier trained with labels."""
+    settings = recipe(name)
+    about = timm.models.get_pretrained_cfg(with_tag(settings.model))
+    assert about.tag == {"dino": "dino", "dinov2": "lvd142m"}[settings.method] and about.num_classes == 0
+    with torch.device("meta"):
+        model, _ = make_backbone(settings.model, "random", settings.global_px)
+    assert model.pretrained_cfg["architecture"] == settings.model  # what an export names
 
 
 def test_the_demo_recipe_is_the_one_that_was_measured():

@@ -121,6 +121,26 @@ def test_weights_are_said_to_be_of_the_images_they_were_trained_on():
     assert weights._seen("laion2b") == "pretrained"
 
 
+def test_dinos_own_weights_come_before_timms_default_and_a_tag_before_both(monkeypatch: MonkeyPatch):
+    """With their mean and std, which are not those of the default weights. Shapes alone: nothing is fetched."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **arguments: create(name, **arguments))
+    with torch.device("meta"):
+        ours, supervised = (weights.of_timm(f"{NAME}{tag}", {}) for tag in ("", ".augreg_in21k_ft_in1k"))
+    assert ours.said == f"ImageNet weights of timm ({NAME}.dino)"
+    assert {"mean": ours.mean, "std": ours.std} == IMAGENET
+    assert supervised.said == f"ImageNet weights of timm ({NAME}.augreg_in21k_ft_in1k)"
+    assert supervised.mean == (0.5, 0.5, 0.5)
+    assert timm.models.get_pretrained_cfg(NAME).tag == "augreg_in21k_ft_in1k"  # or the rule has nothing to change
+    assert weights.with_tag("vit_large_patch14_reg4_dinov2") == "vit_large_patch14_reg4_dinov2"
+
+
+def test_a_tag_that_timm_does_not_have_offers_the_nearest():
+    with raises(InputError, match=rf"no weights '{NAME}\.dion'. Did you mean '{NAME}\.dino'"):
+        make_backbone(f"{NAME}.dion", "random", **TINY)
+    assert make_backbone(f"{NAME}.dino", "random", **TINY)[0].pretrained_cfg["architecture"] == NAME
+
+
 def test_imagenet_weights_out_of_reach_name_the_remedies(monkeypatch: MonkeyPatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to host")
