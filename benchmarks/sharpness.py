@@ -4,9 +4,10 @@
 
 Sharpness is a shortcut for a model: where a tile's spectrum tells whether it was passed through, decoded at a
 fraction, resampled or read from a coarser level, it may tell the slide's pyramid too. Two tables are printed:
-decibels against level 0 averaged or filtered to the same scale, by mpp; and the balanced accuracy of a logistic
-regression on the radial power spectrum, against chance, for resample="auto" and "always". It is an upper bound: of its
-8 folds several hold tiles of one slide, so that what a slide looks like counts as what was done to it.
+decibels against level 0 averaged or filtered to the same scale, by mpp (68.1 where both are the same); and the
+balanced accuracy of a logistic regression on the radial power spectrum, against chance, for resample="auto" and
+"always". It is an upper bound: of its 8 folds several hold tiles of one slide, so that what a slide looks like counts
+as what was done to it.
 
 Without slides, those of the embedded synthetic cohort, and both tables are recorded in results/sharpness.csv.
 """
