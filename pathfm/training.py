@@ -86,18 +86,17 @@ class Training:
         if first:
             self._describe(stream)
         self.journal = Journal(self.folder, self.step) if first else None
-        self.watch = Watch.of(validation, config.watch_tiles) if first and self.watching else None
-        if not self.step:
-            self._look()
-        loader = batches(stream, config, self.step, pin=self.device.type == "cuda")
-        multicrop, steps = MultiCrop(config, self.model.patch_px), range(self.step, config.steps)
-        said = f"{self.folder.name}, step {self.step} to {config.steps}"
-        self.bar = Progress(steps, said) if first else steps
-        with feeding(loader) as feed, Ear() as ear:
-            for step in self.bar:
-                self._advance(step, feed, multicrop, ear)
-        if self.journal:
-            self.journal.close()
+        with self.journal or contextlib.nullcontext():
+            self.watch = Watch.of(validation, config.watch_tiles) if first and self.watching else None
+            if not self.step:
+                self._look()
+            loader = batches(stream, config, self.step, pin=self.device.type == "cuda")
+            multicrop, steps = MultiCrop(config, self.model.patch_px), range(self.step, config.steps)
+            said = f"{self.folder.name}, step {self.step} to {config.steps}"
+            self.bar = Progress(steps, said) if first else steps
+            with feeding(loader) as feed, Ear() as ear:
+                for step in self.bar:
+                    self._advance(step, feed, multicrop, ear)
         self._export()
 
     def _advance(self, step: int, feed: Iterator, multicrop: MultiCrop, ear: Ear) -> None:
@@ -264,6 +263,7 @@ class Training:
             **_shares(),
         }
         checkpoint.keep(self.folder, tensors, state, self.config.keep_checkpoints)
+        self.journal.story.settle()
 
     def _saved(self) -> tuple[Path, dict, dict] | None:
         """The folder's checkpoint. Raises InputError where it is of another config or stream."""
