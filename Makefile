@@ -43,7 +43,7 @@ nbval: $(READY)
 	  --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval.cfg notebooks -n $(JOBS) --dist loadfile
 
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
+	PATHFM_PROGRESS=1 $(BIN)/jupyter lab notebooks/00_quickstart.ipynb
 
 notebooks: $(READY)
 	$(BIN)/python -m pathfm store

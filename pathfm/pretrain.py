@@ -83,7 +83,7 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
     Started by torchrun or Slurm it trains on all ranks together (`pathfm.ranks`).
 
     Raises InputError where config and stream do not fit, another run is at work in the folder or left a checkpoint
-    of another config, all checkpoints are damaged, the disk or the GPU's memory is full, or the loss is no number; and
+    of another config, all checkpoints are damaged, the disk or the memory is full, or the loss is no number; and
     Stopped where SIGTERM or SIGUSR1 came: then a checkpoint was written, and the same call goes on from there.
     """
     check_stream(config, stream)

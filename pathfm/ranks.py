@@ -9,7 +9,8 @@ On one machine, a rank a GPU:
     torchrun --nproc-per-node 8 -m pathfm pretrain cohort.csv runs/l14 --recipe dinov2-vitl14 --workers 12
 
 `batch_size` stays that of all ranks together. `--shard true` shares weights, gradients and moments out as well (FSDP2),
-for models that a GPU cannot hold with their optimiser. Cohort, cache and run folder must be one for all ranks.
+for models that a GPU cannot hold with their optimiser; the recipes of ViT-L and ViT-g do. Cohort, cache and run folder
+must be one for all ranks.
 
 On several machines with Slurm, a task a GPU. Signals reach every task, where torchrun would stand in between:
 

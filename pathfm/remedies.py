@@ -1,4 +1,4 @@
-"""What to do when a step fails: a loss that is no number, a GPU that is full."""
+"""What to do when a step fails: a loss that is no number, memory that is full."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathfm.config import PretrainConfig
 from pathfm.errors import InputError
 
 PROBES = (2, 4)  # tiles whose peaks tell what a tile takes
+# In the messages of PyTorch's allocators that raise a plain RuntimeError: a CPU's, and Apple's.
+FULL = ("DefaultCPUAllocator", "MPS backend out of memory")
 SPARE = 0.9  # of the memory that is planned with: allocators leave gaps; ours
 
 
@@ -23,13 +25,22 @@ def no_number(step: int, loss: float, norm: float, folder: Path, config: Pretrai
     )
 
 
-def full_memory(config: PretrainConfig, fits: int | None, ranks_: int) -> InputError:
-    """Out of memory; `fits` tiles a rank would go through at once, if that could be measured."""
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on a GPU or, in PyTorch's words or Python's, elsewhere."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in FULL)
+
+
+def full_memory(config: PretrainConfig, fits: int | None, ranks_: int, where: str = "a GPU") -> InputError:
+    """Out of memory `where`; `fits` tiles a rank would go through at once, if that could be measured."""
     at_once = config.batch_size // (ranks_ * config.accumulate)
-    said = f"out of memory with {at_once} tiles at once on a GPU (batch_size={config.batch_size}"
+    said = f"out of memory with {at_once} tiles at once on {where} (batch_size={config.batch_size}"
     said += f", accumulate={config.accumulate}, {ranks_} ranks). "
-    if fits is None:
-        said += f"Take accumulate={2 * config.accumulate}"
+    if fits is None and at_once > 1:
+        said += f"Take accumulate={accumulate_for(config, at_once // 2, ranks_)} or a smaller batch_size"
+    elif fits is None:
+        said += "Take smaller views or a smaller model"
     elif fits < 1:
         said += "Not one tile would fit; take smaller views, a smaller model, or shard=True on several GPUs"
     else:

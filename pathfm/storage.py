@@ -144,12 +144,41 @@ def read_json(path: str | Path) -> Any:
 def progress(items: Iterable | None, desc: str | None = None, total: int | None = None, unit: str = "it") -> Iterable:
     """`items` behind a bar on stderr, in a terminal or with PATHFM_PROGRESS=1; without one elsewhere.
 
-    Without items its method `update(n)` moves it. The unit "B" is shown as kB, MB or GB. Stored notebook output
-    holds no bars, so a kernel shows one only on request.
+    Without items its method `update(n)` moves it. The unit "B" is shown as kB, MB or GB. In a notebook, where only
+    PATHFM_PROGRESS=1 (as `make lab` sets it) shows one, it stands below its cell until it ends and leaves nothing there
+    to be stored.
     """
-    from tqdm.auto import tqdm  # in a notebook a widget
+    from tqdm import tqdm
 
     wanted = os.environ.get("PATHFM_PROGRESS")
     quiet = not sys.stderr.isatty() if wanted is None else wanted == "0"
-    look = {"unit": unit, "unit_scale": unit == "B", "mininterval": 0.5, "dynamic_ncols": True}
+    look: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "mininterval": 0.5, "dynamic_ncols": True}
+    if not quiet and _in_notebook():
+        look |= {"file": CellLine(), "leave": False, "position": 0}
     return tqdm(items, desc=desc, total=total, disable=quiet, **look)
+
+
+class CellLine:
+    """A file for a bar: its last line stands below a notebook's cell; a blank one takes it away.
+
+    What a widget or stderr shows would stay in the notebook's outputs, which are compared with stored ones.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self._shown = display({}, raw=True, display_id=True)
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        self._shown.update({"text/plain": line} if line else {}, raw=True)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")

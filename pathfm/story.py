@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -24,6 +25,7 @@ from pathfm.storage import atomic, progress
 SAMPLES = 6  # tiles whose views are kept as a picture,
 GAP = 4  # pixels between them
 LINE_EVERY_S = 60.0  # of a log file, between lines of progress
+DRAW_EVERY_S = 60.0  # of a run, between drawings of its curves, which take half a second
 # Panels of the curves: title, columns, whether the axis is logarithmic.
 PANELS = (
     ("loss, nats", ("loss", "dino", "ibot"), False),
@@ -47,6 +49,7 @@ class Story:
         self.folder = Path(folder)
         # Events of a killed run after `step` are marked as void.
         self._writer = SummaryWriter(str(self.folder / "events"), purge_step=step + 1 if step else None)
+        self._drawn = time.monotonic()
 
     def add(self, group: str, step: int, row: Mapping[str, float]) -> None:
         """The finite numbers of `row` as <group>/<name> at `step`."""
@@ -60,15 +63,28 @@ class Story:
             with atomic(self.folder / "views.png") as file:
                 Image.fromarray(views_picture(views)).save(file, "PNG")
 
+    def settle(self) -> None:
+        """The events so far are written; the curves too, where the last drawing is old."""
+        self._writer.flush()
+        if time.monotonic() - self._drawn >= DRAW_EVERY_S:
+            self._draw()
+
     def close(self) -> None:
         """The last events are written, and the curves are drawn."""
         self._writer.close()
+        self._draw()
+
+    def _draw(self) -> None:
         with atomic(self.folder / "curves.png") as file:
             curves_figure(self.folder).savefig(file, format="png", dpi=100, metadata={"Software": None})
+        self._drawn = time.monotonic()
 
 
 class Journal:
-    """What is written of a run as it goes on: log.csv, speed.csv, watches.csv, and a Story of the same numbers."""
+    """What is written of a run as it goes on: log.csv, speed.csv, watches.csv, and a Story of the same numbers.
+
+    As a block it closes itself, however the run ends: by its last step, a signal, collapse or an error.
+    """
 
     def __init__(self, folder: str | Path, step: int):
         names = {"train": "log", "speed": "speed", "watch": "watches"}
@@ -88,6 +104,14 @@ class Journal:
     def close(self) -> None:
         for book in (*self.books.values(), self.story):
             book.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, wrong: type | None, *_) -> None:
+        # What ended the run is told, not that its curves could not be drawn, such as on a full disk.
+        with contextlib.suppress(Exception) if wrong else contextlib.nullcontext():
+            self.close()
 
 
 def memory_gb(device: torch.device) -> float:
@@ -153,7 +177,7 @@ def curves_figure(folder: str | Path) -> Figure:
 
 
 class Progress:
-    """Steps of a run with a bar in a terminal, a widget in a notebook that asks for one, lines in a log file.
+    """Steps of a run with a bar in a terminal or in a notebook that asks for one, and lines in a log file.
 
     In a terminal and in a notebook as `storage.progress`; elsewhere a line on stderr at the first step, every
     LINE_EVERY_S seconds and at the last one, without control characters. PATHFM_PROGRESS=0 is silent.

@@ -47,6 +47,7 @@ class Training:
         _check_ranks(config)
         self.device = device_of(config)
         self.fused, self.precision = kernels_of(config, self.device)
+        self.sharded = config.shard and ranks.several()  # alone, a rank holds all there is
         saved = self._saved()
         torch.manual_seed(key(config.seed, WEIGHTS))
         # A resumed run has its weights; it must not depend on where the first ones came from.
@@ -68,13 +69,13 @@ class Training:
         model, config = self.model, self.config
         set_attention(model, self.fused)
         model.student.backbone.set_grad_checkpointing(config.checkpoint_activations)
-        if config.shard and ranks.several():
+        if self.sharded:
             shard(model, self.device)
         if config.compile:
             for network in (model.student, model.teacher):
                 for block in network.backbone.blocks:
                     block.compile()
-        if not ranks.several() or config.shard:
+        if self.sharded or not ranks.several():
             return model
         return DistributedDataParallel(model)
 
@@ -85,18 +86,17 @@ class Training:
         if first:
             self._describe(stream)
         self.journal = Journal(self.folder, self.step) if first else None
-        self.watch = Watch.of(validation, config.watch_tiles) if first and self.watching else None
-        if not self.step:
-            self._look()
-        loader = batches(stream, config, self.step, pin=self.device.type == "cuda")
-        multicrop, steps = MultiCrop(config, self.model.patch_px), range(self.step, config.steps)
-        said = f"{self.folder.name}, step {self.step} to {config.steps}"
-        self.bar = Progress(steps, said) if first else steps
-        with feeding(loader) as feed, Ear() as ear:
-            for step in self.bar:
-                self._advance(step, feed, multicrop, ear)
-        if self.journal:
-            self.journal.close()
+        with self.journal or contextlib.nullcontext():
+            self.watch = Watch.of(validation, config.watch_tiles) if first and self.watching else None
+            if not self.step:
+                self._look()
+            loader = batches(stream, config, self.step, pin=self.device.type == "cuda")
+            multicrop, steps = MultiCrop(config, self.model.patch_px), range(self.step, config.steps)
+            said = f"{self.folder.name}, step {self.step} to {config.steps}"
+            self.bar = Progress(steps, said) if first else steps
+            with feeding(loader) as feed, Ear() as ear:
+                for step in self.bar:
+                    self._advance(step, feed, multicrop, ear)
         self._export()
 
     def _advance(self, step: int, feed: Iterator, multicrop: MultiCrop, ear: Ear) -> None:
@@ -105,11 +105,13 @@ class Training:
         batch = next(feed)
         waited = time.perf_counter() - start
         try:
-            done = self._one(step, batch, multicrop, bool(ear.heard))
-        except torch.OutOfMemoryError:
-            done = None  # what the failed step holds is free again below
-        if done is None:
-            raise self._too_large(batch, multicrop)
+            done, full = self._one(step, batch, multicrop, bool(ear.heard)), None
+        except (RuntimeError, MemoryError) as error:
+            if not remedies.is_full(error):
+                raise
+            full = type(error)  # and no more of it: what the failed step holds is free again below
+        if full:
+            raise self._too_large(batch, multicrop, measure=full is torch.OutOfMemoryError)
         row, stopping = done
         self.step, last = step + 1, step + 1 == config.steps
         self._log(row, time.perf_counter() - start, waited)
@@ -171,7 +173,7 @@ class Training:
         torch.manual_seed(key(config.seed, STEP_DEPTH, step))  # every part draws for the whole batch
         self._aim(k, views.global_.shape[1])
         half = torch.autocast(
-            self.device.type, torch.bfloat16, self.precision == "bfloat16", cache_enabled=not config.shard
+            self.device.type, torch.bfloat16, self.precision == "bfloat16", cache_enabled=not self.sharded
         )
         waits = isinstance(self.net, DistributedDataParallel) and k < config.accumulate - 1
         with self.net.no_sync() if waits else contextlib.nullcontext():
@@ -220,7 +222,7 @@ class Training:
 
     def _whole(self) -> Dino | None:
         """The model, or one whose weights are whole where each rank holds a shard: then on rank 0 alone."""
-        if not (self.config.shard and ranks.several()):
+        if not self.sharded:
             return self.model
         tensors = self._gathered(self.model.state_dict())
         if ranks.rank():
@@ -244,7 +246,7 @@ class Training:
 
     def _save(self) -> None:
         tensors = {**self.model.state_dict(), **checkpoint.optimiser_tensors(self.optimiser, self.named)}
-        if self.config.shard and ranks.several():
+        if self.sharded:
             tensors = self._gathered(tensors)
         if not self.journal:
             return
@@ -261,6 +263,7 @@ class Training:
             **_shares(),
         }
         checkpoint.keep(self.folder, tensors, state, self.config.keep_checkpoints)
+        self.journal.story.settle()
 
     def _saved(self) -> tuple[Path, dict, dict] | None:
         """The folder's checkpoint. Raises InputError where it is of another config or stream."""
@@ -289,16 +292,16 @@ class Training:
                     stacklevel=2,
                 )
 
-    def _too_large(self, batch: Any, multicrop: MultiCrop) -> InputError:
-        """What to say of a step that did not fit into memory: how many tiles would, measured on a few."""
+    def _too_large(self, batch: Any, multicrop: MultiCrop, measure: bool) -> InputError:
+        """What to say of a step that did not fit into memory: how many tiles would, measured on a few on a GPU."""
         self.optimiser.zero_grad(set_to_none=True)
         fits, at_once = None, self.config.batch_size // (ranks.size() * self.config.accumulate)
-        if not self.config.shard and at_once > remedies.PROBES[1]:
+        if measure and not self.sharded and at_once > remedies.PROBES[1]:
             with ranks.apart():
                 capacity = remedies.capacity_bytes(self.device)
                 fits = remedies.tiles_that_fit(lambda tiles: self._peak(batch, multicrop, tiles), capacity)
             fits = fits and min(fits, at_once - 1)
-        return remedies.full_memory(self.config, fits, ranks.size())
+        return remedies.full_memory(self.config, fits, ranks.size(), "a GPU" if measure else "this machine")
 
     def _peak(self, batch: Any, multicrop: MultiCrop, tiles: int) -> int:
         """Bytes that a pass of `tiles` tiles takes at most, with gradients and AdamW's two moments."""

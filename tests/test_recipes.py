@@ -64,6 +64,14 @@ def test_the_viewer_shows_the_views_of_every_recipe():
     assert closeup.recipe(closeup.PUBLISHED) == PretrainConfig()
 
 
+def test_large_models_are_shared_out_where_there_are_several_gpus():
+    assert {name for name in RECIPES if recipe(name).shard} == {
+        "dinov2-vitl14",
+        "midnight-vitg14",
+        "midnight-vitg14-highres",
+    }
+
+
 def test_the_half_life_is_where_half_of_the_teacher_is_new():
     demo = recipe("demo")
     assert demo.momentum ** (demo.half_life_tiles / demo.batch_size) == pytest.approx(0.5)

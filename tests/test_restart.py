@@ -93,13 +93,18 @@ def at_row(rows: int, folder: Path, running: list) -> None:
         time.sleep(0.01)
 
 
-DRAWN = random.Random(5).sample(range(1, 13), 3)
+DRAWN = random.Random(5).sample(range(4, 13), 4)  # after the first checkpoint, of step 3
 
 
-@pytest.mark.parametrize("ranks, workers, rows", [(1, 0, DRAWN[0]), (1, 2, DRAWN[1]), (2, 1, DRAWN[2])])
-def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(ranks, workers, rows, tmp_path):
-    """By kill -9, with workers and on two ranks; log.csv, watches.csv and weights are those of a run left alone."""
-    config = tiny(steps=14, workers=workers)
+@pytest.mark.parametrize(
+    "ranks, rows, more",
+    [(1, DRAWN[0], {}), (1, DRAWN[1], {"workers": 2}), (2, DRAWN[2], {"workers": 1}), (2, DRAWN[3], {"shard": True})],
+    ids=["one", "workers", "ranks", "shards"],
+)
+def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(ranks, rows, more, tmp_path):
+    """By kill -9, with workers, on two ranks, and where each holds half of the weights and moments; log.csv,
+    watches.csv, weights and moments are those of a run left alone."""
+    config = tiny(steps=14, **more)
     running = processes.started(ranks, train, config, tmp_path / "killed", 0.02)
     at_row(rows, tmp_path / "killed", running)
     for process in running:
@@ -109,6 +114,10 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(ranks, workers, rows,
     assert processes.on_ranks(ranks, train, config, tmp_path / "killed") == [0] * ranks
     assert processes.on_ranks(ranks, train, config.replace(workers=0), tmp_path / "whole") == [0] * ranks
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert [one["from_step"] for one in Run(tmp_path / "killed").params["sessions"]][-1] > 0
+    ends = [checkpoint.newest(tmp_path / name)[1] for name in ("killed", "whole")]
+    assert ends[0].keys() == ends[1].keys() and any(name.startswith("optimiser/exp_avg_sq/") for name in ends[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])

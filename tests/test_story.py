@@ -1,12 +1,16 @@
 """What a run shows of itself: events, views, curves, progress in a terminal, a notebook and a log file."""
 
+import contextlib
 import io
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -15,9 +19,11 @@ from structured_tiles import StructuredTiles
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dinov2 import tiny as tiny_dinov2
 from test_pretrain import tiny
+from test_runs import write_notebook
 
-from pathfm import story
+from pathfm import logbook, runs, storage, story, training
 from pathfm.augment import MultiCrop
+from pathfm.errors import InputError, Stopped
 from pathfm.pretrain import pretrain
 from pathfm.story import Progress, curves_figure, hidden, memory_gb, views_picture
 
@@ -52,6 +58,67 @@ def test_a_resumed_run_voids_the_events_that_a_killed_one_wrote_after_its_checkp
     run = pretrain(config, StructuredTiles(), folder=tmp_path)
     steps, values = zip(*events(tmp_path)["train/loss"], strict=True)
     assert steps == tuple(range(1, 9)) and np.allclose(values, run.log["loss"], rtol=1e-5)
+
+
+class Calling(StructuredTiles):
+    """Tiles that call `what` before they give the first tile of step 5."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def __getitem__(self, i):
+        if i == 4 * 5:
+            self.what()
+        return super().__getitem__(i)
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+ENDS = {
+    "signal": (Stopped, "SIGTERM came", lambda: signal.raise_signal(signal.SIGTERM), {}, 6),
+    "interrupt": (KeyboardInterrupt, None, interrupted, {}, 5),
+    "no number": (InputError, "not both numbers", int, {"base_lr": 1e30, "warmup": 0.0}, None),
+    "collapse": (InputError, "pretended", int, {"watch_every": 4, "on_collapse": "stop"}, 4),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_run_that_ends_early_has_drawn_its_curves_and_written_its_events(how, tmp_path, monkeypatch):
+    kind, said, what, fields, steps = ENDS[how]
+    answers = iter(("", "pretended collapse"))  # at step 0, and at step 4
+    monkeypatch.setattr(training, "collapsed", lambda *_: next(answers))
+    with pytest.raises(kind, match=said):
+        pretrain(tiny(**{"watch_every": 0, **fields}), Calling(what), StructuredTiles(seed=1), tmp_path)
+    logged = logbook.read(tmp_path / "log.csv")["step"].tolist()
+    assert len(logged) == (steps or len(logged)) and 0 < len(logged) < 8
+    assert [step for step, _ in events(tmp_path)["train/loss"]] == logged
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 400
+
+
+def test_what_ended_a_run_is_told_and_not_that_its_curves_could_not_be_drawn(tmp_path, monkeypatch):
+    def full(folder):
+        raise InputError("no space left")
+
+    monkeypatch.setattr(story, "curves_figure", full)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(watch_every=0), StructuredTiles(breaks_at=21), folder=tmp_path)
+    with pytest.raises(InputError, match="no space left"):
+        pretrain(tiny(watch_every=0), StructuredTiles(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("every", [0.0, 3600.0])
+def test_a_checkpoint_writes_the_events_and_draws_the_curves_where_they_are_old(every, tmp_path, monkeypatch):
+    """So a run that dies without a word shows them until there."""
+    monkeypatch.setattr(story, "DRAW_EVERY_S", every)
+    seen = []
+    look = lambda: seen.append((events(tmp_path), (tmp_path / "curves.png").exists()))  # noqa: E731
+    pretrain(tiny(watch_every=0), Calling(look), folder=tmp_path)
+    written, drawn = seen[0]
+    assert {1, 2, 3} <= {step for step, _ in written["train/loss"]} and drawn == (every == 0)
 
 
 def test_the_picture_of_views_holds_what_the_student_got(run):
@@ -144,3 +211,35 @@ def test_a_terminal_gets_a_bar_and_a_stored_notebook_nothing(monkeypatch):
         assert walk(monkeypatch) == ""
     monkeypatch.setenv("PATHFM_PROGRESS", "1")  # a notebook that asks for one: a bar, and no lines beside it
     assert "step 11 of" not in walk(monkeypatch)
+
+
+def test_a_notebooks_bar_stands_below_its_cell_and_leaves_it_when_it_ends(monkeypatch):
+    shown = {}
+
+    def display(data, raw, display_id):
+        bar = shown.setdefault(len(shown), [data])
+        return SimpleNamespace(update=lambda data, raw: bar.append(data))
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(storage, "_in_notebook", lambda: True)
+    monkeypatch.setenv("PATHFM_PROGRESS", "1")
+    assert walk(monkeypatch) == ""
+    with contextlib.suppress(KeyboardInterrupt):
+        for _ in storage.progress([1, 2], "outer"):
+            for step in storage.progress([1, 2], "inner"):
+                if step == 2:
+                    raise KeyboardInterrupt
+    assert len(shown) == 3
+    for told, name in zip(shown.values(), ("run, step 10 to 15:   0%", "outer:   0%", "inner:   0%"), strict=True):
+        assert told[0] == told[-1] == {} and any(data.get("text/plain", "").startswith(name) for data in told)
+        assert all("\r" not in line and "\x1b" not in line for data in told for line in data.values())
+
+
+def test_a_notebook_that_was_run_with_bars_stores_what_one_without_does(tmp_path):
+    """So what is saved in JupyterLab, by `make lab`, still is what nbval compares."""
+    code = "from pathfm.storage import progress\nfor i in progress(range(3)): pass\ni"
+    book = write_notebook(tmp_path / "bar.ipynb", code)
+    done = runs.execute(book, tmp_path / "done.ipynb", env={"PATHFM_PROGRESS": "1"})
+    outputs = nbformat.read(done, as_version=4).cells[-1].outputs
+    assert [one.data for one in outputs if one.get("data")] == [{"text/plain": "2"}]
+    assert len(outputs) == 2 and not any(one.output_type == "stream" for one in outputs)

@@ -120,7 +120,7 @@ def test_views_look_as_those_of_torchvisions_pipeline(reference):
     ids=lambda given: "".join(given) if isinstance(given, dict) else "",
 )
 def test_other_settings_are_noticed(fields, kind, reference):
-    """Or the test above could not fail. What hardly shows in these looks, scales of crops and hue, is tested elsewhere."""
+    """Or the test above could not fail. What hardly shows in these looks is tested apart: scales of crops, hue."""
     p = p_values(ours(CONFIG.replace(**fields), tiles()), reference)
     assert min(value for (of, _), value in p.items() if of == kind) < LEAST_P
 
