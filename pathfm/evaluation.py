@@ -191,7 +191,8 @@ def masks(
         **{"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "verdict": gain.verdict},
         "note": "; ".join(filter(None, [own.resampled, roles, f"decoder of {protocol.decoder}"])),
     }
-    return Evaluated(row, pd.concat([own.summary(), floor.summary()], ignore_index=True))
+    table = pd.concat([own.summary(), floor.summary()], ignore_index=True)
+    return Evaluated(row, table.assign(interval=own.resampled))
 
 
 def slide_labels(

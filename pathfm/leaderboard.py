@@ -234,7 +234,7 @@ def _of_sweep(csv: Path) -> pd.DataFrame:
     task = f"{name} {SWEEPS[which]}"
     found = [row_of(said["teacher"], f"{name} teacher", "synthetic", task, sum(floors.values(), []))]
     found += [row_of(mine, floor, "none", task) for floor, mine in floors.items()]
-    return pd.DataFrame(found).assign(source=f"results/{csv.name}")
+    return pd.DataFrame(found).assign(source=f"results/{csv.name}", n_quarantined=np.nan)  # answers do not say it
 
 
 def _whole(table: pd.DataFrame) -> pd.DataFrame:

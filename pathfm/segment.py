@@ -140,7 +140,6 @@ class Segmented:
         """One row: the score with its interval, each class, sizes, and what was left out."""
         found, by_class = self.interval(), pd.DataFrame(self.each.reshape(-1, self.each.shape[2])).mean()
         row = {"features": self.name, "dice": found.value, "low": found.low, "high": found.high}
-        row["interval"] = self.resampled
         if self.images.ignored:
             row[f"dice without {self.images.ignored}"] = self.interval(clean=True).value
         row |= dict(zip(self.images.classes, by_class, strict=True)) | {"role": self.role}

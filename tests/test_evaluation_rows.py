@@ -91,6 +91,8 @@ def test_partial_downloads_and_clean_splits_are_recorded_and_seen(tmp_path, smal
 def test_what_readers_add_to_a_name_is_known_and_nothing_else(name, task):
     assert leaderboard.plain(name) == task
     assert leaderboard.seen("TCGA+CAMELYON", name) == leaderboard.seen("TCGA+CAMELYON", task)
+    assert evaluation._task(task, name) == evaluation._task("", name) == name  # of slides and masks as of tiles
+    assert evaluation._task(name, name) == name and evaluation._task("mine", name) == "mine" + name[len(task) :]
 
 
 def test_features_of_another_making_have_a_row_of_their_own(tmp_path, small, capsys):  # noqa: F811

