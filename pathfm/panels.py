@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,6 +12,8 @@ from matplotlib.axes import Axes
 from pathfm import figures
 from pathfm.benchmarks import TileSet
 from pathfm.comparisons import Ranks
+from pathfm.scores import Prediction
+from pathfm.scores import scores as score
 
 MARKERS = {"linear": "o", "kNN": "s"}
 GREY = "#555555"
@@ -39,6 +43,17 @@ def score_intervals(ax: Axes, scores: pd.DataFrame, chance: float) -> Axes:
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 1), ylim=(-0.6, len(table) - 0.4), xlabel=f"balanced accuracy\n({sizes(table)})")
     return ax
+
+
+def recorded(axes, there: dict[str, dict[str, list[Prediction]]], chance: float) -> None:
+    """Scores of recorded answers, an axis a place: name of the place -> name of the features -> answers, one a seed.
+
+    All but the teacher are drawn as floors.
+    """
+    for ax, (where, by_features) in zip(axes, there.items(), strict=True):
+        every = [replace(one, floor=name != "teacher") for name, several in by_features.items() for one in several]
+        score_intervals(ax, score(every), chance)
+        ax.set_title(f"{where} (dashed: chance)")
 
 
 def sizes(scores: pd.DataFrame) -> str:
@@ -82,6 +97,43 @@ def level(ax: Axes, x: float | None = None, y: float | None = None, label: str |
     """A dashed line at what needs no learning, such as chance."""
     style = {"color": GREY, "lw": 0.9, "ls": (0, (4, 3)), "zorder": 0, "label": label}
     ax.axvline(x, **style) if y is None else ax.axhline(y, **style)
+
+
+def leakage(ax: Axes, leaks: pd.DataFrame, chance: float) -> Axes:
+    """Mean and spread of the draws of each split, features beside each other.
+
+    leaks  of `probe.leakage`, with a column features
+    """
+    splits, names = list(dict.fromkeys(leaks["split"])), list(dict.fromkeys(leaks["features"]))
+    for k, name in enumerate(names):
+        rows = leaks[leaks["features"] == name]
+        at = [splits.index(split) + 0.16 * (k - (len(names) - 1) / 2) for split in rows["split"]]
+        style = {"color": method_colour(name), "fmt": "o", "ms": 5, "capsize": 0, "lw": 2}
+        ax.errorbar(at, rows["balanced_accuracy"], rows["spread"], label=name, **style)
+    level(ax, y=chance)
+    ax.text(len(splits) - 0.52, chance + 0.02, "chance", fontsize=7, color=GREY, ha="right")
+    ax.set_xticks(range(len(splits)), ["tile\n(patients leak)" if split == "tile" else split for split in splits])
+    ax.set(xlabel="test tiles kept apart by", ylabel="balanced accuracy", ylim=(0, 1), xlim=(-0.5, len(splits) - 0.5))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.14), ncols=2)
+    return ax
+
+
+def few_shot(ax: Axes, shots: pd.DataFrame, chance: float) -> Axes:
+    """Balanced accuracy against labelled tiles a class; the band holds 95 % of the episodes.
+
+    shots  of `probe.few_shot`, with a column features
+    """
+    for name, rows in shots.groupby("features", sort=False):
+        colour = method_colour(name)
+        ax.plot(rows["shots"], rows["balanced_accuracy"], "o-", ms=3, color=colour, label=name)
+        ax.fill_between(rows["shots"], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0)
+    level(ax, y=chance, label="chance")
+    counts = sorted(shots["shots"].unique())
+    ax.set(xscale="log", xlabel="labelled tiles a class", ylabel="balanced accuracy", ylim=(0, 1))
+    ax.set_xticks(counts, counts)
+    ax.minorticks_off()
+    ax.legend(loc="upper left", ncols=2)
+    return ax
 
 
 def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: bool = True, most: int = 8) -> Axes:
