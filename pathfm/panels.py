@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pathfm import figures
 from pathfm.benchmarks import TileSet
@@ -156,25 +157,42 @@ def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: b
     return ax
 
 
-def retrieved(axes, tiles: TileSet, query: int, ids: np.ndarray) -> None:
-    """A query and the tiles found for it in a row of axes; frames say same class (green) or another (orange)."""
+def retrievals(tiles: TileSet, queries: np.ndarray, found: dict[str, np.ndarray]) -> Figure:
+    """A row a query; beside it, a block an embedding, the tiles that it holds nearest.
+
+    found  name of the embedding -> (n, k) rows of `tiles`, -1 for none, as `representation.retrieve` gives them
+    Frames say same class (green) or another (orange); above a tile stands its class, below it the centre.
+    """
+    k = next(iter(found.values())).shape[1]
+    columns = 1 + k * len(found)
+    size = 6.9, len(queries) * (6.9 / columns + 0.28) + 0.25
+    fig, axes = plt.subplots(len(queries), columns, figsize=size, squeeze=False)
+    for line, query, *blocks in zip(axes, queries, *found.values(), strict=True):
+        for ax, row in zip(line, [query, *np.concatenate(blocks)], strict=True):
+            _retrieved(ax, tiles, row, query)
+    for ax, text in zip(axes[0, [0, *range(1, columns, k)]], ("query", *found), strict=True):
+        ax.annotate(
+            text, (0, 1), (0, 13), xycoords="axes fraction", textcoords="offset points", fontsize=8, weight="bold"
+        )
+    return fig
+
+
+def _retrieved(ax: Axes, tiles: TileSet, row: int, query: int) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(row >= 0)
+    if row < 0:
+        return
     table = tiles.table
     labelled = table["label"].nunique() > 1
-    for ax, row in zip(axes, [query, *ids], strict=True):
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(row >= 0)
-        if row < 0:
-            continue
-        ax.imshow(tiles.image(row))
-        entry = table.iloc[row]
-        same = entry["label"] == table["label"].iloc[query]
-        edge = "black" if row == query else "0.7" if not labelled else SAME if same else OTHER
-        ax.spines[:].set(color=edge, linewidth=2.2)
-        name = entry["label"] if labelled else entry["slide_id"]
-        ax.set_title(f"query: {name}" if row == query else name, fontsize=7, loc="center", pad=3)
-        ax.set_xlabel(entry.get("centre", ""), fontsize=7, labelpad=2)
-        if row == query and pd.notna(entry["mpp"]):
-            figures.scale_bar(ax, entry["mpp"])
+    ax.imshow(tiles.image(row))
+    entry = table.iloc[row]
+    same = entry["label"] == table["label"].iloc[query]
+    edge = "black" if row == query else "0.7" if not labelled else SAME if same else OTHER
+    ax.spines[:].set(color=edge, linewidth=1.8)
+    ax.set_title(entry["label"] if labelled else entry["slide_id"], fontsize=6, loc="center", pad=2.5)
+    ax.set_xlabel(entry.get("centre", ""), fontsize=6, labelpad=2)
+    if row == query and pd.notna(entry["mpp"]):
+        figures.scale_bar(ax, entry["mpp"])
 
 
 def field(axes, image: np.ndarray, um_per_px: float, *grids: np.ndarray, limits: tuple[float, float] = (0, 1)) -> None:

@@ -4,8 +4,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 
 from pathfm import figures, panels
+from pathfm.representation import StreamTiles
 from pathfm.scores import Prediction
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -55,3 +57,18 @@ def test_recorded_answers_are_shown_place_by_place():
     ]
     dots = {line.get_xdata()[0]: line.get_markerfacecolor() for line in axes[0].lines if line.get_marker() == "o"}
     assert dots == {0.5: "white", 1.0: figures.METHOD_COLOURS["teacher"]}
+
+
+def test_each_embedding_has_a_block_beside_the_query():
+    table = pd.DataFrame({"file": list("abcd"), "label": list("xxyy"), "centre": list("1212"), "row": range(4)})
+    pixels = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
+    tiles = StreamTiles("made", table.assign(mpp=0.5, slide_id="s"), pixels=pixels)
+    found = {"colour + LBP": np.array([[1, 2], [3, -1]]), "pretrained": np.array([[2, 3], [0, 1]])}
+    fig = panels.retrievals(tiles, np.array([0, 2]), found)
+    axes = np.array(fig.axes).reshape(2, 5)
+    shown = [[int(ax.images[0].get_array().max()) if ax.images else -1 for ax in line] for line in axes]
+    assert shown == [[0, 1, 2, 2, 3], [2, 3, -1, 0, 1]]
+    frames = [to_hex(ax.spines["left"].get_edgecolor()).upper() for ax in axes[0]]
+    assert frames == ["#000000", panels.SAME, panels.OTHER, panels.OTHER, panels.OTHER]
+    headings = [ax.texts[-1].get_text() for ax in axes[0, [0, 1, 3]]]
+    assert headings == ["query", "colour + LBP", "pretrained"]
