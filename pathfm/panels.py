@@ -163,17 +163,16 @@ def retrievals(tiles: TileSet, queries: np.ndarray, found: dict[str, np.ndarray]
     found  name of the embedding -> (n, k) rows of `tiles`, -1 for none, as `representation.retrieve` gives them
     Frames say same class (green) or another (orange); above a tile stands its class, below it the centre.
     """
-    k = next(iter(found.values())).shape[1]
-    columns = 1 + k * len(found)
-    size = 6.9, len(queries) * (6.9 / columns + 0.28) + 0.25
-    fig, axes = plt.subplots(len(queries), columns, figsize=size, squeeze=False)
-    for line, query, *blocks in zip(axes, queries, *found.values(), strict=True):
-        for ax, row in zip(line, [query, *np.concatenate(blocks)], strict=True):
-            _retrieved(ax, tiles, row, query)
-    for ax, text in zip(axes[0, [0, *range(1, columns, k)]], ("query", *found), strict=True):
-        ax.annotate(
-            text, (0, 1), (0, 13), xycoords="axes fraction", textcoords="offset points", fontsize=8, weight="bold"
-        )
+    blocks = {"query": np.asarray(queries)[:, None], **found}
+    widths = [ids.shape[1] for ids in blocks.values()]
+    fig = plt.figure(figsize=(6.9, len(queries) * (6.9 / sum(widths) + 0.2) + 0.3))
+    for part, (name, ids) in zip(
+        fig.subfigures(1, len(blocks), width_ratios=widths, wspace=0.02), blocks.items(), strict=True
+    ):
+        part.suptitle(name, fontsize=8, weight="bold", x=0.02, ha="left")
+        for line, query, rows in zip(part.subplots(*ids.shape, squeeze=False), queries, ids, strict=True):
+            for ax, row in zip(line, rows, strict=True):
+                _retrieved(ax, tiles, row, query)
     return fig
 
 
@@ -193,6 +192,7 @@ def _retrieved(ax: Axes, tiles: TileSet, row: int, query: int) -> None:
     ax.set_xlabel(entry.get("centre", ""), fontsize=6, labelpad=2)
     if row == query and pd.notna(entry["mpp"]):
         figures.scale_bar(ax, entry["mpp"])
+        ax.texts[-1].set_fontsize(5)
 
 
 def field(axes, image: np.ndarray, um_per_px: float, *grids: np.ndarray, limits: tuple[float, float] = (0, 1)) -> None:
