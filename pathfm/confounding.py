@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pathfm import metrics
-from pathfm.benchmarks import patients
+from pathfm.benchmarks import TileSet, patients
 from pathfm.errors import InputError
 from pathfm.features import Features
 
@@ -45,7 +45,13 @@ def of(features: Features, role: str | None = "test", k: int = K, seed: int = 0)
     return {**found, "why": "; ".join(why)}
 
 
-def beside(scores: pd.DataFrame, features: Iterable[Features], role: str = "test", k: int = K) -> pd.DataFrame:
+def asked(tiles: TileSet) -> str | None:
+    """The `role` that tells of centres: "test" where its tiles come from two centres, else None, all tiles."""
+    test = tiles.table["role"] == "test" if "role" in tiles.table else np.zeros(len(tiles), bool)
+    return "test" if "centre" in tiles.table and tiles.table.loc[test, "centre"].nunique() > 1 else None
+
+
+def beside(scores: pd.DataFrame, features: Iterable[Features], role: str | None = "test", k: int = K) -> pd.DataFrame:
     """A table of `scores.scores` with COLUMNS of the features that each row was probed on, NaN where none are given.
 
     Features are known by their name. Raises InputError where none of them is in the table.

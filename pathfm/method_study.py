@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 
 from pathfm import answers, confounding, export, magnification, panels, scores, study
 from pathfm.benchmarks import TileSet
-from pathfm.cohort import Cohort
+from pathfm.errors import InputError
 from pathfm.features import Features, extract, pools, random_twin
 from pathfm.pretrain import Run
 from pathfm.probe import linear
 from pathfm.runs import notebooks_dir, stamp, write_results
 from pathfm.scores import Prediction
-from pathfm.synthetic import cohorts
 
 COHORT = "study"
 MPPS = (0.25, 0.5, 1.0, 2.0)  # of the test tiles
@@ -41,6 +40,7 @@ PRIMARY = (
 )
 PRIMARY_MPP = 0.5
 START = "start"
+KNOWN = ("new_centres", "robustness_index", "centre_identity", "slide_dependence")
 
 
 def trained(arm: str, seed: int) -> Run:
@@ -132,8 +132,7 @@ def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
 
     said   of `study.recorded_answers("methods", "arms")`
     """
-    design = Cohort(cohorts.table(cohorts.specs(COHORT)), COHORT)  # known without drawing a slide
-    said = {name: scores.of_centres(runs, study.new_centres(design)) for name, runs in said.items()}
+    said = study.on_centres(said, name=COHORT)
     rows = []
     for mpp in MPPS:
         for arm in ARMS:
@@ -143,10 +142,52 @@ def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def shares(said: dict[str, list[Prediction]], oracle: Prediction) -> pd.DataFrame:
+    """How much of the way from START to the oracle each arm goes at PRIMARY_MPP, on the new centres; a row an arm.
+
+    said    of `study.recorded_answers("methods", "arms")`
+    oracle  a forest's answers on the generator's truth under each tile of PRIMARY_MPP, of the recorded pretraining.
+            The arms were tested on those of its sites that every mpp can serve, and they alone count here; it learnt
+            from all sites of probe-train, also those that a coarse tile cannot have
+
+    Raises InputError where the oracle did not answer a tile, or knows another class for it.
+    """
+    said = study.on_centres(said, name=COHORT)
+    start = said[f"{START} at {PRIMARY_MPP:g}"]
+    top = asked_alone(oracle, start[0].table["file"])
+    rows = {arm: scores.share_closed(said[f"{arm} at {PRIMARY_MPP:g}"], start, top)._asdict() for arm in ARMS}
+    return pd.DataFrame(rows).T.rename_axis("arm").assign(n_tiles=len(top.table), oracle=top.balanced_accuracy)
+
+
+def asked_alone(answer: Prediction, files: Sequence[str]) -> Prediction:
+    """The same answers on these tiles alone, in this order. Raises InputError where one was not asked."""
+    table = answer.table.set_index("file")
+    missing = set(files) - set(table.index)
+    if missing:
+        raise InputError(
+            f"{answer.name} was not asked of {len(missing)} tiles such as {min(missing)}; record both anew"
+        )
+    return replace(answer, table=table.loc[list(files)].reset_index())
+
+
 def known(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the seeds at PRIMARY_MPP, a row an arm and when: score, and what features know of centre and slide."""
-    columns = ["new_centres", "robustness_index", "centre_identity", "centre_chance", "slide_dependence"]
-    return table[table["mpp"] == PRIMARY_MPP].groupby(["arm", "when"], sort=False)[columns].mean()
+    """Mean over the seeds, a row an arm and mpp, start beside end: score, and what features know of centre and slide.
+
+    table  of results/methods.csv
+    """
+    wide = table.pivot_table(index=["arm", "mpp"], columns="when", values=list(KNOWN), sort=False)
+    return wide[[(what, when) for what in KNOWN for when in (START, "end")]]
+
+
+def rises(table: pd.DataFrame) -> pd.DataFrame:
+    """In how many `runs` of an arm and mpp the score on new centres rose from start to end, centre identity, and both.
+
+    table  of results/methods.csv
+    """
+    each = table.set_index(["arm", "mpp", "seed", "when"])[["new_centres", "centre_identity"]].unstack("when")
+    up = each.xs("end", axis=1, level="when") > each.xs(START, axis=1, level="when")
+    up = up.assign(both=up.all(axis=1), runs=True)
+    return up.groupby(["arm", "mpp"], sort=False).sum()
 
 
 def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:

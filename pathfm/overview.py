@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,17 +14,34 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from pathfm import tissue
+from pathfm import montage, tissue
 from pathfm.cohort import Cohort
 from pathfm.figures import CLASS_COLOURS, image, scale_bar
 from pathfm.index import SlideIndex
 from pathfm.montage import COLOURS
 from pathfm.slide import Slide
+from pathfm.storage import checkout
 from pathfm.stream import TileStream
 from pathfm.synthetic import CLASSES, Truth
 from pathfm.synthetic.artefacts import KINDS as ARTEFACTS
 
 MASK_UM = tissue.UM_PER_PX
+PAGE = 24  # slides of a figure in a notebook
+
+
+def pages(index: SlideIndex, slide_ids: list[str], most: int, folder: str | Path) -> list[list[str]]:
+    """The slides of the first `most` pages, PAGE each; where there are more, all pages of the cohort go to `folder`.
+
+    They are those of `montage.write`, the suspicious first, with their list; and it is said where they are.
+    """
+    parts = [slide_ids[start : start + PAGE] for start in range(0, len(slide_ids), PAGE)]
+    if len(parts) > most:
+        home = montage.write(index, folder).parent
+        root = checkout()
+        short = home.relative_to(root) if root and home.is_relative_to(root) else home
+        shown = f"page{'s' if most > 1 else ''} 1{f' to {most}' if most > 1 else ''} of {len(parts)}"
+        print(f"Here {shown}; every slide, the suspicious first, is in {short}/montage-001.png and so on.")
+    return parts[:most]
 
 
 def artefact_sheet(cohort: Cohort, truths: dict[str, Truth], side_um: float = 900) -> Figure:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pathfm import figures
 from pathfm.benchmarks import TileSet
 from pathfm.comparisons import Ranks
+from pathfm.scores import Prediction
+from pathfm.scores import scores as score
 
 MARKERS = {"linear": "o", "kNN": "s"}
 GREY = "#555555"
@@ -39,6 +44,17 @@ def score_intervals(ax: Axes, scores: pd.DataFrame, chance: float) -> Axes:
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 1), ylim=(-0.6, len(table) - 0.4), xlabel=f"balanced accuracy\n({sizes(table)})")
     return ax
+
+
+def recorded(axes, there: dict[str, dict[str, list[Prediction]]], chance: float) -> None:
+    """Scores of recorded answers, an axis a place: name of the place -> name of the features -> answers, one a seed.
+
+    All but the teacher are drawn as floors.
+    """
+    for ax, (where, by_features) in zip(axes, there.items(), strict=True):
+        every = [replace(one, floor=name != "teacher") for name, several in by_features.items() for one in several]
+        score_intervals(ax, score(every), chance)
+        ax.set_title(f"{where} (dashed: chance)")
 
 
 def sizes(scores: pd.DataFrame) -> str:
@@ -84,6 +100,43 @@ def level(ax: Axes, x: float | None = None, y: float | None = None, label: str |
     ax.axvline(x, **style) if y is None else ax.axhline(y, **style)
 
 
+def leakage(ax: Axes, leaks: pd.DataFrame, chance: float) -> Axes:
+    """Mean and spread of the draws of each split, features beside each other.
+
+    leaks  of `probe.leakage`, with a column features
+    """
+    splits, names = list(dict.fromkeys(leaks["split"])), list(dict.fromkeys(leaks["features"]))
+    for k, name in enumerate(names):
+        rows = leaks[leaks["features"] == name]
+        at = [splits.index(split) + 0.16 * (k - (len(names) - 1) / 2) for split in rows["split"]]
+        style = {"color": method_colour(name), "fmt": "o", "ms": 5, "capsize": 0, "lw": 2}
+        ax.errorbar(at, rows["balanced_accuracy"], rows["spread"], label=name, **style)
+    level(ax, y=chance)
+    ax.text(len(splits) - 0.52, chance + 0.02, "chance", fontsize=7, color=GREY, ha="right")
+    ax.set_xticks(range(len(splits)), ["tile\n(patients leak)" if split == "tile" else split for split in splits])
+    ax.set(xlabel="test tiles kept apart by", ylabel="balanced accuracy", ylim=(0, 1), xlim=(-0.5, len(splits) - 0.5))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.14), ncols=2)
+    return ax
+
+
+def few_shot(ax: Axes, shots: pd.DataFrame, chance: float) -> Axes:
+    """Balanced accuracy against labelled tiles a class; the band holds 95 % of the episodes.
+
+    shots  of `probe.few_shot`, with a column features
+    """
+    for name, rows in shots.groupby("features", sort=False):
+        colour = method_colour(name)
+        ax.plot(rows["shots"], rows["balanced_accuracy"], "o-", ms=3, color=colour, label=name)
+        ax.fill_between(rows["shots"], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0)
+    level(ax, y=chance, label="chance")
+    counts = sorted(shots["shots"].unique())
+    ax.set(xscale="log", xlabel="labelled tiles a class", ylabel="balanced accuracy", ylim=(0, 1))
+    ax.set_xticks(counts, counts)
+    ax.minorticks_off()
+    ax.legend(loc="upper left", ncols=2)
+    return ax
+
+
 def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: bool = True, most: int = 8) -> Axes:
     """A scatter of xy (N, 2) coloured by group; a legend below names them, where there are at most `most`."""
     names = list(np.unique(group))
@@ -104,25 +157,42 @@ def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: b
     return ax
 
 
-def retrieved(axes, tiles: TileSet, query: int, ids: np.ndarray) -> None:
-    """A query and the tiles found for it in a row of axes; frames say same class (green) or another (orange)."""
+def retrievals(tiles: TileSet, queries: np.ndarray, found: dict[str, np.ndarray]) -> Figure:
+    """A row a query; beside it, a block an embedding, the tiles that it holds nearest.
+
+    found  name of the embedding -> (n, k) rows of `tiles`, -1 for none, as `representation.retrieve` gives them
+    Frames say same class (green) or another (orange); above a tile stands its class, below it the centre.
+    """
+    blocks = {"query": np.asarray(queries)[:, None], **found}
+    widths = [ids.shape[1] for ids in blocks.values()]
+    fig = plt.figure(figsize=(6.9, len(queries) * (6.9 / sum(widths) + 0.2) + 0.3))
+    for part, (name, ids) in zip(
+        fig.subfigures(1, len(blocks), width_ratios=widths, wspace=0.02), blocks.items(), strict=True
+    ):
+        part.suptitle(name, fontsize=8, weight="bold", x=0.02, ha="left")
+        for line, query, rows in zip(part.subplots(*ids.shape, squeeze=False), queries, ids, strict=True):
+            for ax, row in zip(line, rows, strict=True):
+                _retrieved(ax, tiles, row, query)
+    return fig
+
+
+def _retrieved(ax: Axes, tiles: TileSet, row: int, query: int) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(row >= 0)
+    if row < 0:
+        return
     table = tiles.table
     labelled = table["label"].nunique() > 1
-    for ax, row in zip(axes, [query, *ids], strict=True):
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(row >= 0)
-        if row < 0:
-            continue
-        ax.imshow(tiles.image(row))
-        entry = table.iloc[row]
-        same = entry["label"] == table["label"].iloc[query]
-        edge = "black" if row == query else "0.7" if not labelled else SAME if same else OTHER
-        ax.spines[:].set(color=edge, linewidth=2.2)
-        name = entry["label"] if labelled else entry["slide_id"]
-        ax.set_title(f"query: {name}" if row == query else name, fontsize=7, loc="center", pad=3)
-        ax.set_xlabel(entry.get("centre", ""), fontsize=7, labelpad=2)
-        if row == query and pd.notna(entry["mpp"]):
-            figures.scale_bar(ax, entry["mpp"])
+    ax.imshow(tiles.image(row))
+    entry = table.iloc[row]
+    same = entry["label"] == table["label"].iloc[query]
+    edge = "black" if row == query else "0.7" if not labelled else SAME if same else OTHER
+    ax.spines[:].set(color=edge, linewidth=1.8)
+    ax.set_title(entry["label"] if labelled else entry["slide_id"], fontsize=6, loc="center", pad=2.5)
+    ax.set_xlabel(entry.get("centre", ""), fontsize=6, labelpad=2)
+    if row == query and pd.notna(entry["mpp"]):
+        figures.scale_bar(ax, entry["mpp"])
+        ax.texts[-1].set_fontsize(5)
 
 
 def field(axes, image: np.ndarray, um_per_px: float, *grids: np.ndarray, limits: tuple[float, float] = (0, 1)) -> None:

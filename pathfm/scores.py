@@ -64,6 +64,12 @@ def of_centres(predictions: Iterable[Prediction], centres: Iterable[str]) -> lis
     return kept
 
 
+def by_fold(answer: Prediction) -> pd.Series:
+    """Balanced accuracy of each fold of `probe.cross_validate`, by who was left out."""
+    folds = answer.table.groupby("fold")
+    return pd.Series({name: replace(answer, table=rows).balanced_accuracy for name, rows in folds})
+
+
 class Interval(NamedTuple):
     """An estimate and the 2.5 % and 97.5 % points of its bootstrap."""
 
@@ -92,6 +98,10 @@ class Difference(NamedTuple):
     high: float
     n_patients: int | None  # None where only images are known
     verdict: str
+
+    def __str__(self) -> str:
+        """As "+0.26 [+0.21, +0.31], better"."""
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}], {self.verdict}"
 
 
 def paired(

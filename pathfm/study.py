@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from pathfm import answers, ranks
+from pathfm import answers, ranks, scores
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
 from pathfm.config import PretrainConfig
@@ -27,7 +27,7 @@ from pathfm.runs import code_hash, read_results, results_dir
 from pathfm.scores import Prediction
 from pathfm.storage import cache_dir
 from pathfm.stream import TileStream
-from pathfm.synthetic import embedded, labelled_tiles, make_cohort
+from pathfm.synthetic import cohorts, embedded, labelled_tiles, make_cohort
 from pathfm.synthetic.cohorts import DESIGNS
 from pathfm.synthetic.slides import sidecar
 
@@ -266,6 +266,17 @@ def recorded_answers(name: str, which: str = "answers") -> dict[str, list[Predic
     if not path.is_file() or not len(recorded(name)):
         return {}
     return answers.read(pd.read_csv(path, dtype=str))
+
+
+def on_centres(said: dict[str, list[Prediction]], new: bool = True, name: str = "study") -> dict[str, list[Prediction]]:
+    """The answers of `recorded_answers` on the test tiles of centres without any pretraining slide, or of the others.
+
+    name  of the synthetic cohort that they were recorded on; no slide of it needs to be drawn
+    """
+    design = Cohort(cohorts.table(cohorts.specs(name)), name)
+    fresh = new_centres(design)
+    wanted = fresh if new else sorted(set(design.table["centre"].astype(str)) - set(fresh))
+    return {features: scores.of_centres(several, wanted) for features, several in said.items()}
 
 
 def recorded(name: str) -> pd.DataFrame:

@@ -1,8 +1,9 @@
-"""Does it carry over: what a probe reads from a teacher, and from its floors, on labelled tiles of other tissue."""
+"""Does it carry over: what a probe or a decoder reads from a teacher, and from its floors, on real tissue."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,27 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from pathfm import probe, scores
+from pathfm import probe, scores, tasks
 from pathfm.benchmarks import TileSet, patient_column
 from pathfm.features import extract
 from pathfm.scores import Prediction
+from pathfm.storage import checkout
+from pathfm.tasks.nuclei import NucleiSet
 
 FOLDS = 5
 GROUP = "magnification"  # a column of some tile sets
 FLOORS = {"colour": "colour", "colour + LBP": "colour+lbp"}  # name in the answers -> of `features.extract`
 WITHIN = ", within"  # after the name of features whose probe saw one magnification at a time
+
+
+def test_data(part: str) -> Path | None:
+    """A folder of the project's real test data, such as "nuclei/dsb2018_he"; None on a machine without it.
+
+    $PATHFM_TEST_DATA, else shared/data beside the checkout.
+    """
+    given = os.environ.get("PATHFM_TEST_DATA")
+    folder = Path(given).expanduser() if given else (checkout() or Path.cwd()).parent / "shared" / "data"
+    return folder / part if (folder / part).is_dir() else None
 
 
 def read_tiles(folder: str | Path, block: str = "block") -> TileSet:
@@ -30,6 +43,14 @@ def read_tiles(folder: str | Path, block: str = "block") -> TileSet:
     if patient_column(tiles.table) is None and block in tiles.table:
         return replace(tiles, table=tiles.table.assign(slide_id=tiles.table[block]))
     return tiles
+
+
+def read_nuclei(folder: str | Path, block: str = "cluster", seed: int = 0) -> NucleiSet:
+    """Images with nuclei and roles for a decoder; images of one `block`, alike in stain and scale, share a role."""
+    images = tasks.read("masks", folder)
+    if patient_column(images.table) is None and block in images.table:
+        images = replace(images, table=images.table.assign(slide_id=images.table[block].astype(str)))
+    return images.split("tile" if patient_column(images.table) is None else "patient", seed)
 
 
 def judged(

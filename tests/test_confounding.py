@@ -83,3 +83,11 @@ def test_too_few_neighbours_are_no_index():
     found = confounding.of(features)
     assert np.isnan(found["robustness_index"]) and found["why"] == "a tile has only 12 neighbours of other patients"
     assert confounding.of(features, k=2)["robustness_index"] > 0.9
+
+
+def test_centres_are_asked_of_the_test_tiles_where_those_have_two():
+    assert confounding.asked(tiles()) == "test"
+    test = tiles().table["role"] == "test"
+    one = tiles().table.assign(centre=lambda t: t["centre"].mask(test, "c0"))
+    assert confounding.asked(TileSet("made", one)) is None  # all tiles: those of test come from one centre
+    assert confounding.asked(TileSet("made", one.drop(columns=["role", "centre"]))) is None

@@ -1,14 +1,18 @@
 """DINO against DINOv2: what its arms do is what they say, and a small run of them reads back."""
 
+import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from pathfm import answers, method_study, study
+from pathfm import InputError, answers, method_study, study
 from pathfm.config import recipe
 from pathfm.method_study import ARMS, START
+from pathfm.scores import Prediction
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from pretraining import counted
@@ -71,3 +75,53 @@ def test_answers_of_two_arms_share_their_start_and_give_paired_contrasts(points,
     fig = method_study.figure(table, found)
     titles = [ax.get_title() or ax.get_title("left") for ax in fig.axes[1:]]
     assert titles == ["centre\nidentity", "slide\ndependence", "robustness\nindex"]
+
+
+def made(arms=("DINO", "DINOv2"), seeds=3) -> pd.DataFrame:
+    """A row a point with numbers drawn anew for each."""
+    points = itertools.product(arms, range(seeds), (START, "end"), (0.5, 1.0))
+    table = pd.DataFrame(points, columns=["arm", "seed", "when", "mpp"])
+    drawn = np.random.default_rng(0).random((len(table), len(method_study.KNOWN)))
+    return table.join(pd.DataFrame(drawn, columns=list(method_study.KNOWN)))
+
+
+def test_start_and_end_stand_beside_each_other_at_every_mpp():
+    table = made()
+    known = method_study.known(table)
+    assert list(known.columns) == list(itertools.product(method_study.KNOWN, (START, "end")))
+    assert list(known.index) == [("DINO", 0.5), ("DINO", 1.0), ("DINOv2", 0.5), ("DINOv2", 1.0)]
+    rows = table.query("arm == 'DINOv2' and mpp == 1 and when == 'end'")
+    assert known.loc[("DINOv2", 1.0), ("centre_identity", "end")] == pytest.approx(rows["centre_identity"].mean())
+
+
+def test_class_and_centre_rise_together_where_both_do():
+    table = made(seeds=4)
+    found = method_study.rises(table)
+    for (arm, mpp), row in found.iterrows():
+        one = table[(table["arm"] == arm) & (table["mpp"] == mpp)]
+        first, last = (one[one["when"] == when].set_index("seed") for when in (START, "end"))
+        up = {name: last[name] > first[name] for name in ("new_centres", "centre_identity")}
+        assert row["new_centres"] == up["new_centres"].sum() and row["centre_identity"] == up["centre_identity"].sum()
+        assert row["both"] == (up["new_centres"] & up["centre_identity"]).sum() and row["runs"] == 4
+    assert 0 < found["both"].sum() < found["new_centres"].sum()
+
+
+def test_the_share_of_the_way_is_asked_on_the_arms_tiles(monkeypatch):
+    """Of eight tiles the start knows two, the arm five and the oracle all: half of the way."""
+    monkeypatch.setattr(method_study, "ARMS", {"DINO": ()})
+    monkeypatch.setattr(method_study, "COHORT", "embedded")
+    table = pd.DataFrame({"file": [f"{i}.png" for i in range(8)], "truth": ["a", "b"] * 4, "centre": "centre-3"})
+    table["patient_id"] = [f"p{i // 4}" for i in range(8)]
+
+    def answered(name, right):
+        said = [t if i < right else "none" for i, t in enumerate(table["truth"])]
+        return Prediction(name, "linear", table.assign(predicted=said))
+
+    said = {"start at 0.5": [answered("start at 0.5", 2)], "DINO at 0.5": [answered("DINO at 0.5", 5)]}
+    rest = table.assign(file="other-" + table["file"], predicted="none")
+    oracle = answered("oracle", 8)
+    wider = replace(oracle, table=pd.concat([rest, oracle.table.iloc[::-1]]))
+    found = method_study.shares(said, wider).loc["DINO"]
+    assert found["value"] == pytest.approx(0.5) and found["n_tiles"] == 8 and found["oracle"] == 1
+    with pytest.raises(InputError, match=r"oracle was not asked of 8 tiles such as 0\.png"):
+        method_study.shares(said, replace(oracle, table=rest))

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from pathfm import TileStream, overview, sampling
@@ -47,3 +48,17 @@ def test_the_audit_is_drawn_with_and_without_truth(index):
         overview.draw_audit(axes, tables)
         assert sum(patch.get_height() for patch in axes[1].patches) == 64
         plt.close(fig)
+
+
+def test_pages_that_are_not_shown_are_written_and_it_is_said_where(index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overview, "PAGE", 2)
+    monkeypatch.setattr(overview, "checkout", lambda: tmp_path)
+    names = index.usable["slide_id"].tolist()
+    assert overview.pages(index, names, 2, tmp_path / "all") == [names[:2], names[2:]]
+    assert overview.pages(index, names, 3, tmp_path / "all") == [names[:2], names[2:]]
+    assert capsys.readouterr().out == "" and not (tmp_path / "all").exists()
+    assert overview.pages(index, names, 1, tmp_path / "runs" / "all") == [names[:2]]
+    said = "Here page 1 of 2; every slide, the suspicious first, is in runs/all/montage-001.png and so on.\n"
+    assert capsys.readouterr().out == said
+    listed = pd.read_csv(tmp_path / "runs" / "all" / "index.csv")
+    assert sorted(listed["slide_id"]) == sorted(names) and (tmp_path / "runs" / "all" / "montage-001.png").is_file()

@@ -12,7 +12,18 @@ from pathfm import probe
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import Features
-from pathfm.scores import Prediction, contrasts, interval, of_centres, paired, scores, share_closed, verdict
+from pathfm.scores import (
+    Difference,
+    Prediction,
+    by_fold,
+    contrasts,
+    interval,
+    of_centres,
+    paired,
+    scores,
+    share_closed,
+    verdict,
+)
 
 
 def tile_table(label, patient=None, centre=None) -> pd.DataFrame:
@@ -295,3 +306,17 @@ def test_the_pooling_that_validates_best_is_kept(monkeypatch):
     assert np.array_equal(best.x, features.x[:, features.x.shape[1] // 2 :])
     assert probe.pooled(torch.nn.Identity(), None, probe=judge).name.endswith("(mean)")  # without CLS
     assert asked[1:] == ["mean"]
+
+
+def test_each_fold_has_its_own_score():
+    features = study()
+    found = probe.cross_validate(features, by="centre")
+    table = by_fold(found)
+    assert list(table.index) == ["c0", "c1", "c2", "c3"]
+    rows = found.table[found.table["fold"] == "c2"]
+    recall = (rows["truth"] == rows["predicted"]).groupby(rows["truth"]).mean()
+    assert table["c2"] == pytest.approx(recall.mean()) and table.nunique() > 1
+
+
+def test_a_difference_is_told_in_one_line():
+    assert str(Difference(0.2603, 0.2077, -0.004, 36, "better")) == "+0.26 [+0.21, -0.00], better"

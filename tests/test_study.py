@@ -9,6 +9,7 @@ from pathfm.__main__ import main
 from pathfm.config import SMOKE
 from pathfm.export import load
 from pathfm.features import extract
+from pathfm.scores import Prediction
 from pathfm.synthetic import labelled_tiles
 
 TINY = {"depth": 1, "width": 32, "heads": 2, "prototypes": 32, "head_hidden": 32, "head_bottleneck": 16}
@@ -192,3 +193,12 @@ def test_answers_are_read_where_their_sweep_is_current(monkeypatch, tmp_path, ca
     assert study.recorded_answers("toy") == {}
     table.assign(generator=runs.provenance()["generator"]).to_csv(tmp_path / "toy.csv", index=False)
     assert study.recorded_answers("toy")["teacher"][0].balanced_accuracy == 0.5
+
+
+def test_recorded_answers_are_told_apart_by_who_pretrained():
+    """Of the embedded cohort's centres two pretrain, one validates and one tests: nobody has seen the last two."""
+    table = pd.DataFrame({"file": list("abcd"), "centre": [f"centre-{k}" for k in range(4)], "truth": "x"})
+    said = {"teacher": [Prediction("teacher", "linear", table.assign(predicted="x"), seed) for seed in (0, 1)]}
+    new, old = (study.on_centres(said, new, "embedded")["teacher"] for new in (True, False))
+    assert [one.table["file"].tolist() for one in new] == 2 * [["c", "d"]] and [one.seed for one in new] == [0, 1]
+    assert old[0].table["file"].tolist() == ["a", "b"]

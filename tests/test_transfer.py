@@ -71,3 +71,28 @@ def test_the_table_of_two_seeds_reads_back_what_was_recorded(tiles, tmp_path):
     assert own["gain"] == pytest.approx(own["teacher"] - own["random weights"])
     assert own["low"] <= own["gain"] <= own["high"]
     assert transfer.table({}).empty
+
+
+def test_real_data_is_found_where_it_lies(monkeypatch, tmp_path):
+    (tmp_path / "here" / "nuclei").mkdir(parents=True)
+    monkeypatch.setenv("PATHFM_TEST_DATA", str(tmp_path / "here"))
+    assert transfer.test_data("nuclei") == tmp_path / "here" / "nuclei" and transfer.test_data("slides") is None
+    (tmp_path / "shared" / "data" / "tiles").mkdir(parents=True)
+    monkeypatch.delenv("PATHFM_TEST_DATA")
+    monkeypatch.setattr(transfer, "checkout", lambda: tmp_path / "code")
+    assert transfer.test_data("tiles") == tmp_path / "shared" / "data" / "tiles"
+
+
+def test_images_alike_in_stain_share_a_role(tmp_path):
+    for part, pixels in (("images", np.full((16, 16, 3), 200, np.uint8)), ("labels", np.eye(16, dtype=np.uint8))):
+        (tmp_path / part).mkdir()
+        for number in range(20):
+            Image.fromarray(pixels).save(tmp_path / part / f"{number}.png")
+    groups = [number % 5 for number in range(20)]
+    table = pd.DataFrame({"file": [f"{number}.png" for number in range(20)], "cluster": groups})
+    table.to_csv(tmp_path / "manifest.csv", index=False)
+    found = transfer.read_nuclei(tmp_path).table
+    assert set(found["role"]) == {"probe-train", "validate", "test"}
+    assert (found.groupby("cluster")["role"].nunique() == 1).all()
+    alone = transfer.read_nuclei(tmp_path, block="none").table
+    assert (alone.groupby("cluster")["role"].nunique() > 1).any() and "slide_id" not in alone
