@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pathfm import bags, export, extractors, slide_probe, synthetic, vit
 from pathfm.bags import Bags, Cut
 from pathfm.cohort import Cohort
 from pathfm.devices import kept_memory
+from pathfm.errors import InputError, nearest
 from pathfm.features import random_twin
 from pathfm.index import SlideIndex
 from pathfm.runs import stamp, write_results
@@ -27,6 +28,7 @@ LABELS = ("B0", "B1", "B2", "B3")  # a coin; common; subtle and rare; spatial
 PROTOCOL = SlideProtocol(standardise=True)
 SAMPLE = 8  # slides on which bfloat16 is compared with float32, some 360 tiles
 HEADS = {"abmil": 20, "mean": 20, "max": 20, "transmil": 3}  # runs; TransMIL takes minutes a run and not seconds
+QUICK = ("abmil", "mean")
 CUT = Cut(tile_px=224, mpp=1.0)  # some 45 tiles a slide, a few minutes of one core
 
 
@@ -98,13 +100,16 @@ def measure(
     return pd.concat(rows, ignore_index=True)
 
 
-def record(model: str = "", workers: int = 0) -> pd.DataFrame:
-    """Draws the cohort where it is not there, embeds it, trains every head, and writes results/bags.csv."""
+def record(model: str = "", workers: int = 0, heads: Sequence[str] = QUICK) -> pd.DataFrame:
+    """Draws the cohort where it is not there, embeds it, trains heads of HEADS, and writes results/bags.csv."""
+    strange = [head for head in heads if head not in HEADS]
+    if strange:
+        raise InputError(f"no head '{strange[0]}'.{nearest(strange[0], HEADS)}")
     torch.set_num_threads(1)
     cohort = synthetic.make_cohort("bags", workers=workers or None)
     index = SlideIndex.build(cohort)
     found = list(sources(index, model or None))
     with kept_memory(torch.device("cpu")):
-        table = measure(cohort, found).assign(**stamp())
+        table = measure(cohort, found, {head: HEADS[head] for head in heads}).assign(**stamp())
     write_results("bags", table)
     return table

@@ -94,3 +94,8 @@ def test_tp53_goes_from_its_csv_to_a_score_by_fold(slides, tmp_path):
     assert sorted(tested) == sorted(slides)
     with pytest.raises(InputError, match="the slides of colour have no column 'TP53'"):
         slide_probe.fit(found, "TP53")
+
+
+def test_a_head_that_is_none_is_named_before_anything_is_drawn():
+    with pytest.raises(InputError, match=r"no head 'abmill'.*abmil"):
+        bag_study.record(heads=["mean", "abmill"])

@@ -127,9 +127,11 @@ class SlideLabels:
 
     model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
     workers: int = setting(0, "processes that draw slides; the number of cores when 0")
+    heads: str = setting("abmil,mean", "of abmil, mean, max and transmil; the last two take hours on a core")
 
     def __call__(self) -> None:
         from pathfm import bag_study
 
         shown = ["label", "features", "head", "auc", "low", "high", "n_patients", "reason"]
-        print(bag_study.record(self.model, self.workers)[shown].round(3).to_string(index=False))
+        found = bag_study.record(self.model, self.workers, self.heads.split(","))
+        print(found[shown].round(3).to_string(index=False))
