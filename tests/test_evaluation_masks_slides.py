@@ -134,5 +134,13 @@ def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monke
     assert kept["part"].tolist() == ["test", "val", "test"]
     assert kept.loc["consep (clean split)", "note"] == "by image (too narrow); decoder of tokens"
     assert kept.loc["tp53", "note"] == "by patient; our split by site, seed 0; mean; pool cls"
+    for name, value, message in (
+        ("--precision", "auto", "of slides say float32 or bfloat16"),
+        ("--layers", "2", "1 blocks, not the 2 layers asked for"),
+    ):
+        assert main([*told, name, value]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*told, "--precision", "bfloat16", "--pool", "mean", "--device", "cpu", "--record", "true"]) == 0
+    assert set(leaderboard.recorded().query("task == 'tp53'")["model"]) == {"small", "small (mean)"}
     assert main([*told, "--protocol", "linear"]) == 2
     assert "tp53 is scored by eva-2026 and not by 'linear'" in capsys.readouterr().err
