@@ -60,8 +60,16 @@ def backbone(config: PretrainConfig, fused: bool) -> nn.Module:
     return model
 
 
-def lightly(config: PretrainConfig, fused: bool, precision: str, device: str = "cpu") -> Step:
-    """As lightly's example of DINO: each view through student or teacher alone."""
+def copied(like: Dino, body: nn.Module, layers: nn.Module, prototypes: Tensor) -> None:
+    """Gives a peer's backbone, the layers of its head and its prototypes the weights of ours."""
+    body.load_state_dict(like.student.backbone.state_dict())
+    for ours_, theirs in zip(like.student.head.mlp.parameters(), layers.parameters(), strict=True):
+        theirs.data.copy_(ours_)
+    prototypes.data.copy_(like.student.head.last_layer.direction)
+
+
+def lightly(config: PretrainConfig, fused: bool, precision: str, device: str = "cpu", like: Dino | None = None) -> Step:
+    """As lightly's example of DINO: each view through student or teacher alone. It starts `like` a model."""
     from lightly.loss import DINOLoss
     from lightly.models.modules import DINOProjectionHead
     from lightly.models.utils import update_momentum
@@ -71,6 +79,8 @@ def lightly(config: PretrainConfig, fused: bool, precision: str, device: str = "
     student_head, teacher_head = (
         DINOProjectionHead(*sizes, norm_last_layer=config.norm_last_layer).to(device) for _ in range(2)
     )
+    if like is not None:
+        copied(like, student, student_head.layers, student_head.last_layer.weight_v)
     teacher_head.load_state_dict(student_head.state_dict())  # its weight norm cannot be copied
     teacher_head.requires_grad_(False)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -120,10 +130,7 @@ def plain(config: PretrainConfig, fused: bool, precision: str, device: str = "cp
     body = backbone(config, fused).to(device)
     head = PlainHead(body.num_features, config).to(device)
     if like is not None:
-        body.load_state_dict(like.student.backbone.state_dict())
-        for ours_, theirs in zip(like.student.head.mlp.parameters(), head.mlp.parameters(), strict=True):
-            theirs.data.copy_(ours_)
-        head.last.parametrizations.weight.original1.data.copy_(like.student.head.last_layer.direction)
+        copied(like, body, head.mlp, head.last.parametrizations.weight.original1)
     teacher, teacher_head = (copy.deepcopy(part).requires_grad_(False) for part in (body, head))
     centre, at = torch.zeros(1, config.prototypes, device=device), now(config)
     trained = [p for part in (body, head) for p in part.parameters() if p.requires_grad]

@@ -107,14 +107,53 @@ def test_growth_shows_model_crops_and_ranks(style):
     assert [ax.get_title(loc="left") for ax in fig.axes[:3]] == ["ViT", "local crops, ViT tiny", "ranks, ViT small"]
 
 
+GPU_TOY = {**pretraining.TOY, "global_px": 112, "local_px": 112}  # patches of 16 and of 14 divide them
+
+
 def test_gpu_part_works_on_a_cpu(monkeypatch):
+    """Peers where there is one: DINO's; ours is compared with the better, row by row."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    toy = {**pretraining.TOY, "global_px": 112, "local_px": 112}  # patches of 16 and of 14 divide them
-    table = pretraining.gpu("cpu", 1, ("pathfm", "pathfm, compiled"), **toy)
-    assert table["model"].tolist() == [name for _, name in pretraining.RECIPES for _ in range(2)]
+    table = pretraining.gpu("cpu", 1, ("pathfm", "pathfm, compiled", "authors' loop"), **GPU_TOY)
+    assert table["model"].value_counts(sort=False).tolist() == [3, 3, 2]
+    assert [name for _, name in pretraining.RECIPES] == list(table["model"].unique())
     assert (table["batch"] == 8).all() and (table["images_per_s"] > 0).all() and table["mfu"].isna().all()
     assert len(compiled) == 2 * 2 * len(pretraining.RECIPES) * 2  # networks, blocks, models, batches
+    for _, rows in table.groupby("model"):
+        ours, peers = (rows[rows["contender"].str.contains("pathfm") == mine] for mine in (True, False))
+        want = ours["images_per_s"] / peers["images_per_s"].max()
+        assert np.allclose(ours["over_best_peer"], want, equal_nan=True) and peers["over_best_peer"].isna().all()
+
+
+def test_the_largest_batch_that_fits_is_found_up_to_2048(monkeypatch):
+    """On a pretended GPU that holds 1,024 tiles of the smaller models, and 100 of the largest."""
+    tried = []
+
+    def pretended(device, config, who, repeats):
+        tried.append(config.batch_size)
+        if config.batch_size > (100 if "large" in config.model else 1500):
+            raise torch.OutOfMemoryError
+        return {"batch": config.batch_size, "images_per_s": 1.0}
+
+    monkeypatch.setattr(pretraining, "_on", pretended)
+    monkeypatch.setattr(pretraining.gc, "collect", int)
+    table = pretraining.gpu("cuda")
+    assert table["batch"].tolist() == [1024] * 8 + [64] * 2 and max(tried) == 2048
+    assert list(table["contender"].unique()) == ["pathfm", "pathfm, compiled", "authors' loop", "lightly"]
+    assert table["over_best_peer"].tolist()[:4] == pytest.approx([1, 1, np.nan, np.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_lightlys_step_is_dinos(precision):
+    """Where lightly is installed: from our weights and on our views its loss is ours, and its next one another."""
+    pytest.importorskip("lightly")
+    config = toy(drop_path=0.0)
+    torch.manual_seed(0)
+    views, model = pretraining.views_of(config, 16), pretraining.made(config, fused=False)
+    step, own = dino_peers.lightly(config, False, precision, like=model), dino_peers.ours(config, model, precision)
+    first = float(step(views))
+    assert first == pytest.approx(float(own(views)), rel={"float32": 1e-5, "bfloat16": 0.05}[precision])
+    assert float(step(views)) != first
 
 
 def test_a_run_fed_by_online_patching_says_how_long_it_waits(cohort, monkeypatch):
