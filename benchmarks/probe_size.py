@@ -1,6 +1,6 @@
 """How long a probe of a large public task takes here, and how much memory: features are drawn, nothing is downloaded.
 
-    python benchmarks/probe_size.py [--cases crc pcam] [--threads 2]
+    python benchmarks/probe_size.py [--cases crc pcam] [--threads 1]
 
 crc     as many features as NCT-CRC-HE has tiles: 100,000 to train on and 7,180 to stop and report on, of 384 numbers,
         9 classes, eva-2026 with its 5 runs; classes overlap, so that a head trains to the end of its patience or steps
@@ -73,7 +73,7 @@ def measured(folder: Path, name: str, threads: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="of one case that was drawn before; its figures as JSON")
     told = parser.parse_args()
     if told.folder:
