@@ -17,11 +17,11 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pathfm import figures, tissue
+from pathfm import tissue
 from pathfm.errors import InputError, nearest
 from pathfm.figures import scale_bar
 from pathfm.index import SlideIndex
-from pathfm.storage import atomic, checkout, explained, progress
+from pathfm.storage import atomic, explained, progress
 
 COLOURS = {"pen": "#009E73", "fold": "#D55E00", "bubble": "#56B4E9", "edge": "#CC79A7", "blur": "#E6C229"}
 LINE, ALARM = "#0072B2", "#C00000"
@@ -29,7 +29,6 @@ SCALES = 2.5  # slides that differ more in length are not shown at one scale
 CAPTION = 0.26  # inches above a slide
 SORTS = ("suspicious", "slide_id")
 STANDS_OUT = 3.0  # robust standard deviations
-SHOWN = 24  # slides on a page in a notebook
 
 
 class Page(NamedTuple):
@@ -63,27 +62,6 @@ def write(index: SlideIndex, out: str | Path, sort: str = "suspicious", page: st
     with atomic(out / "index.csv", "w") as file:
         table.to_csv(file, index=False)
     return out / "index.csv"
-
-
-def show(index: SlideIndex, slide_ids: list[str], name: str, pages: int = 1, masks: bool = True) -> None:
-    """Show the first `pages` pages of these slides in a notebook, as figures called `name` (`name`_1 ... of several).
-
-    Where there are more, every page is written to <figures>/<name>/montage-001.png ..., and a line says where: no
-    slide is left out in silence.
-    """
-    parts, notes = [slide_ids[at : at + SHOWN] for at in range(0, len(slide_ids), SHOWN)], listing(index)
-    for number, part in enumerate(parts[:pages], 1):
-        figures.show(figure(index, part, masks, notes=notes), name + f"_{number}" * (pages > 1), dpi=150)
-    if len(parts) <= pages:
-        return
-    out = _writable(figures.figures_dir() / name)
-    for number, part in enumerate(progress(parts, "montage", unit="page"), 1):
-        _save(figure(index, part, masks, notes=notes), out, number)
-    _remove_from(len(parts) + 1, out)
-    root = checkout()
-    where = out.relative_to(root) if root and out.is_relative_to(root) else out
-    shown = "page 1" if pages == 1 else f"pages 1 to {pages}"
-    print(f"{shown} of {len(parts)}, the rest in {where} ({len(slide_ids)} slides, {SHOWN} a page)")
 
 
 def _save(fig: Figure, out: Path, number: int) -> None:

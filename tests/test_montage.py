@@ -72,27 +72,6 @@ def test_pages_hold_every_slide_once_where_the_list_says(mixed, tmp_path, monkey
         assert drawn[row.page - 1][2 * (row.row - 1) + row.column - 1] == row.slide_id
 
 
-def test_a_notebook_shows_the_first_pages_and_says_where_the_rest_is(mixed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATHFM_FIGURES", str(tmp_path))
-    monkeypatch.setattr(montage, "SHOWN", 2)
-    drawn, shown, figure = [], [], montage.figure
-    monkeypatch.setattr(montage, "figure", lambda *args, **kw: drawn.append(args[1]) or figure(*args, **kw))
-    monkeypatch.setattr(montage.figures, "show", lambda fig, name, dpi: shown.append(name))
-    names = sorted(mixed.slides["slide_id"])  # six
-    montage.show(mixed, names, "masks", pages=3)
-    assert (shown, capsys.readouterr().out) == (["masks_1", "masks_2", "masks_3"], "")
-    assert [name for page in drawn for name in page] == names
-    assert not list(tmp_path.iterdir())
-    drawn.clear(), shown.clear()
-    (tmp_path / "masks").mkdir()
-    (tmp_path / "masks" / "montage-004.png").write_bytes(b"of an earlier, longer run")
-    montage.show(mixed, names, "masks")
-    assert shown == ["masks"]
-    assert [name for page in drawn[1:] for name in page] == names
-    assert len(list((tmp_path / "masks").glob("montage-00[123].png"))) == len(list((tmp_path / "masks").iterdir())) == 3
-    assert capsys.readouterr().out == f"page 1 of 3, the rest in {tmp_path / 'masks'} (6 slides, 2 a page)\n"
-
-
 def test_pages_need_no_slide_files(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(SlideIndex, "slide", lambda *_: pytest.fail("a slide was opened"))
     assert montage.write(mixed, tmp_path).is_file()
