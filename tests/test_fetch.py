@@ -178,7 +178,11 @@ def test_a_gdc_manifest_on_the_command_line(server, tmp_path, capsys):
     assert printed == [*(str(folder / ids[k] / NAMES[k]) for k in (0, 1)), str(folder / "cohort.csv")]
     assert (folder / ids[0] / NAMES[0]).read_bytes() == CONTENT
     cohort = Cohort.read(folder / "cohort.csv").table
-    assert list(cohort["section"]) == ["FFPE", "frozen"] and list(cohort["centre"]) == ["A7", "44"]
+    assert list(cohort["section"]) == ["FFPE", "frozen"] and list(cohort["source_site"]) == ["A7", "44"]
+    assert list(cohort["centre"]) == ["Christiana Healthcare"] * 2 and list(cohort["project"]) == [
+        "TCGA-BRCA",
+        "TCGA-LUAD",
+    ]
     codes = tmp_path / "codes.csv"
     codes.write_text("code,project,centre\nA7,TCGA-BRCA,Christiana\n44,TCGA-LUAD,Christiana\n")
     again = ["fetch", str(tmp_path / "m.txt"), "--folder", str(folder), "--gdc-url", server.url]
