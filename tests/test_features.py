@@ -274,8 +274,10 @@ def _cosines(x):
 
 @pytest.mark.real
 def test_bfloat16_keeps_neighbours_and_probes_of_real_tissue(real_data):
-    """What "auto" asks for, with a ViT-S of random weights on 160 tiles of oral mucosa; but there one tile of the smaller
-    class is more than 0.2 points, and a linear probe may lose one: "auto" would then stay with float32."""
+    """What "auto" asks for, with a ViT-S of random weights on 160 tiles of oral mucosa.
+
+    There one tile of the smaller class is more than 0.2 points, and a linear probe may lose one.
+    """
     tiles = TileSet.from_folder(real_data / "tiles" / "oral_oscc", mpp=1.0)
     tiles = tiles.subset(np.linspace(0, len(tiles) - 1, 160).astype(int)).split("tile")
     torch.manual_seed(0)
