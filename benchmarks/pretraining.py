@@ -201,9 +201,12 @@ def alone(config: PretrainConfig, who: str, precision: str, steps: int) -> list[
     """`stepped` in a process of its own, as a user of one loop has it; nothing where the peer is not installed."""
     told = [json.dumps(dataclasses.asdict(config)), who, precision, str(steps)]
     done = subprocess.run([sys.executable, __file__, "--one", *told], capture_output=True, text=True)
-    if done.returncode:
-        print(f"{who} is left out: {done.stderr.strip().splitlines()[-1]}")
+    last = done.stderr.strip().splitlines()[-1:]
+    if done.returncode and last and last[0].startswith("ModuleNotFoundError"):
+        print(f"{who} is left out: {last[0]}")
         return []
+    if done.returncode:
+        raise SystemExit(f"{who} in {precision} ended with {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -27,7 +27,7 @@ LABELS = ("B0", "B1", "B2", "B3")  # a coin; common; subtle and rare; spatial
 # Standardised, unlike eva's: colour and texture lie between 0 and 1, and would hardly be trained as they are.
 PROTOCOL = SlideProtocol(standardise=True)
 SAMPLE = 8  # slides on which bfloat16 is compared with float32, some 360 tiles
-HEADS = {"abmil": 20, "mean": 20, "max": 20, "transmil": 3}  # runs; TransMIL takes minutes a run and not seconds
+HEADS = {"abmil": 20, "mean": 20, "max": 20, "transmil": 3}  # runs; TransMIL's are not trained side by side
 QUICK = ("abmil", "mean")
 CUT = Cut(tile_px=224, mpp=1.0)  # some 45 tiles a slide, a few minutes of one core
 

@@ -57,23 +57,15 @@ def write(index: SlideIndex, out: str | Path, sort: str = "suspicious", page: st
     number, place = np.divmod(np.arange(len(table)), columns * rows)
     table["page"], table["row"], table["column"] = number + 1, place // columns + 1, place % columns + 1
     for number, part in progress(table.groupby("page"), "montage", unit="page"):
-        _save(figure(index, part["slide_id"].tolist(), columns=columns, width=width, notes=table), out, number)
-    _remove_from(table["page"].max() + 1, out)
+        fig = figure(index, part["slide_id"].tolist(), columns=columns, width=width, notes=table)
+        with atomic(out / f"montage-{number:03d}.png") as file:
+            fig.savefig(file, format="png", dpi=200, metadata={"Software": None})
+    for old in out.glob("montage-[0-9][0-9][0-9]*.png"):
+        if int(old.stem.split("-")[1]) > table["page"].max():
+            old.unlink()
     with atomic(out / "index.csv", "w") as file:
         table.to_csv(file, index=False)
     return out / "index.csv"
-
-
-def _save(fig: Figure, out: Path, number: int) -> None:
-    with atomic(out / f"montage-{number:03d}.png") as file:
-        fig.savefig(file, format="png", dpi=200, metadata={"Software": None})
-
-
-def _remove_from(number: int, out: Path) -> None:
-    """Remove pages of an earlier, longer run."""
-    for old in out.glob("montage-[0-9][0-9][0-9]*.png"):
-        if int(old.stem.split("-")[1]) >= number:
-            old.unlink()
 
 
 def check(sort: str, page: str) -> None:

@@ -58,13 +58,19 @@ SERVED = {  # mpp: (level, scale, resampled) for 0.25 um/px and levels 1-4-16
 }
 
 
+def assert_agrees(slide: Slide, mpp: float, served: tuple, corners: tuple) -> None:
+    """Read as `served` says, on tissue, and within 37 or 40 dB of the reference."""
+    plan = slide.plan(mpp)
+    assert (plan.level, plan.scale, plan.resampled) == served
+    for x, y in corners:
+        image = slide.read(x, y, SIDE, mpp)
+        assert image.std() > 10
+        assert decibels(image, reference(slide, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
+
+
 @pytest.mark.parametrize("mpp", SERVED)
 def test_pixels_agree_with_a_float64_reference(fine, mpp):
-    plan = fine.plan(mpp)
-    assert (plan.level, plan.scale, plan.resampled) == SERVED[mpp]
-    for x, y in ((800, 960), (1200, 880)):
-        image = fine.read(x, y, SIDE, mpp)
-        assert decibels(image, reference(fine, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
+    assert_agrees(fine, mpp, SERVED[mpp], ((800, 960), (1200, 880)))
 
 
 REAL = {  # mpp: (level, scale, resampled) for 0.499 um/px and levels 1-2-4-8
@@ -81,13 +87,9 @@ REAL = {  # mpp: (level, scale, resampled) for 0.499 um/px and levels 1-2-4-8
 @pytest.mark.real
 @pytest.mark.parametrize("mpp", REAL)
 def test_pixels_of_a_real_pyramid_agree_with_a_float64_reference(real_data, mpp):
+    corners = ((1200, 1600), (800, 2400)) if mpp < 8 else ((96, 160), (208, 800))
     with Slide.open(real_data / "slides" / "derived_cmu1_region_pyramid.tiff") as slide:
-        plan = slide.plan(mpp)
-        assert (plan.level, plan.scale, plan.resampled) == REAL[mpp]
-        for x, y in ((1200, 1600), (800, 2400)) if mpp < 8 else ((96, 160), (208, 800)):
-            image = slide.read(x, y, SIDE, mpp)
-            assert image.std() > 10
-            assert decibels(image, reference(slide, plan, x, y, SIDE)) > (37 if plan.scale > 1 else 40)
+        assert_agrees(slide, mpp, REAL[mpp], corners)
 
 
 @pytest.mark.parametrize("mpp", SERVED)

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass
 
 from pathfm.errors import InputError
-from pathfm.verbs.setting import setting
+from pathfm.verbs.setting import of_input, setting
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ class Evaluate:
 
     def _own(self) -> dict[str, typing.Any]:
         """Of the backbone, whatever it is scored on."""
-        said = {"mean": self.mean, "std": self.std}
-        own = {key: None if value < 0 else value for key, value in said.items()} | {"input_px": self.input_px}
-        return own | {"pretrained_on": self.pretrained_on, "name": self.name, "device": self.device or None}
+        return of_input(self) | {"pretrained_on": self.pretrained_on, "name": self.name, "device": self.device or None}
 
     def _features(self) -> dict[str, typing.Any]:
         return {name: getattr(self, name) for name in ("pool", "layers", "precision")}

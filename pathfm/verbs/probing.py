@@ -5,15 +5,9 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, field
 
-from pathfm.verbs.setting import setting
+from pathfm.verbs.setting import of_input, setting
 
 MODEL = "a folder of an export, timm:<model>, hub:<owner/repo or folder>:<entry> or random:<timm model>"
-
-
-def _said(verb: typing.Any) -> dict[str, typing.Any]:
-    """What is said of a backbone's input in place of its own."""
-    below = {name: None if getattr(verb, name) < 0 else getattr(verb, name) for name in ("mean", "std")}
-    return below | {"input_px": verb.input_px}
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Embed:
         how = {name: getattr(self, name) for name in ("pool", "layers", "precision")} | {"device": self.device or None}
         if self.model in FLOORS or not (":" in self.model or Path(self.model).exists()):  # whose error offers a floor
             return {"model": self.model, **how}
-        model, preprocess = backbones.load(self.model, **_said(self))
+        model, preprocess = backbones.load(self.model, **of_input(self))
         if self.slides and (self.workers > 1 or self.scheduler):
             model = self.model  # a network does not travel to workers, its name does
         return {"model": model, "preprocess": preprocess, "name": Path(self.model).name, **how}
@@ -106,7 +100,7 @@ class Probe:
         tiles = TileSet.from_folder(self.dataset)
         if "role" not in tiles.table:
             tiles = tiles.split(self.split, seed=self.seed)
-        model, preprocess = backbones.load(self.model, **_said(self))
+        model, preprocess = backbones.load(self.model, **of_input(self))
         features = extract(model, tiles, preprocess, self.pool, Path(self.model).name)
         # A vector an image has no pools among which random weights could choose.
         floors = probe.floor_predictions(tiles, None if backbones.only_cls(model) else model, preprocess)

@@ -9,3 +9,9 @@ from dataclasses import field
 def setting(default: object, help: str, positional: bool = False) -> typing.Any:
     """A dataclass field with its one line of help; an option, or an argument that may be left out."""
     return field(default=default, metadata={"help": help, "positional": positional})
+
+
+def of_input(verb: typing.Any) -> dict[str, typing.Any]:
+    """mean, std and input_px of a verb as `backbones.load` takes them: what is said in place of the backbone's own."""
+    said = {name: getattr(verb, name) for name in ("mean", "std")}
+    return {name: None if value < 0 else value for name, value in said.items()} | {"input_px": verb.input_px}

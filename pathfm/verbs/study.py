@@ -127,7 +127,9 @@ class SlideLabels:
 
     model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
     workers: int = setting(0, "processes that draw slides; the number of cores when 0")
-    heads: str = setting("abmil,mean", "of abmil, mean, max and transmil; the last two take hours on a core")
+    heads: str = setting(
+        "abmil,mean", "of abmil, mean, max and transmil; the last two are slower, and not recorded yet"
+    )
 
     def __call__(self) -> None:
         from pathfm import bag_study
