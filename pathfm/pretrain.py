@@ -86,15 +86,17 @@ def pretrain(config: PretrainConfig, stream: Any, validation: Any = None, folder
     of another config, all checkpoints are damaged, the disk or the memory is full, or the loss is no number; and
     Stopped where SIGTERM or SIGUSR1 came: then a checkpoint was written, and the same call goes on from there.
     """
-    check_stream(config, stream)
-    check_sides(stream, validation)
-    tiles = first_tiles(stream)
-    settings = json.loads(json.dumps(getattr(stream, "settings", {}), default=str))
-    folder = Path(folder) if folder else _cached(config, [tiles, settings], stream[0].image)
-    with _alone(folder), _settings(config), kept_memory(device_of(config)), ranks.joined(config.device):
-        training = Training(config, tiles, folder, settings)
-        if training.step < config.steps or not (folder / "teacher" / "config.json").exists():
-            training.run(stream, validation)
+    with ranks.joined(config.device):
+        with ranks.together():
+            check_stream(config, stream)
+            check_sides(stream, validation)
+            tiles = first_tiles(stream)
+            settings = json.loads(json.dumps(getattr(stream, "settings", {}), default=str))
+            folder = Path(folder) if folder else _cached(config, [tiles, settings], stream[0].image)
+        with _alone(folder), _settings(config), kept_memory(device_of(config)):
+            training = Training(config, tiles, folder, settings)
+            if training.step < config.steps or not (folder / "teacher" / "config.json").exists():
+                training.run(stream, validation)
     return Run(folder)
 
 
@@ -112,15 +114,18 @@ def _settings(config: PretrainConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Raises InputError where another run trains in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if ranks.rank():  # rank 0 holds the lock for all
+    """Raises InputError where another run trains in the folder; rank 0 holds the lock for all."""
+    with contextlib.ExitStack() as held:
+        with ranks.together():
+            if not ranks.rank():
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_locked(folder))
         yield
-        return
-    lock = filelock.FileLock(folder / ".lock", timeout=PATIENCE)
+
+
+def _locked(folder: Path) -> filelock.AcquireReturnProxy:
     try:
-        with lock:
-            yield
+        return filelock.FileLock(folder / ".lock").acquire(timeout=PATIENCE)
     except filelock.Timeout:
         raise InputError(f"another run is at work in {folder}; wait for it, or use a new folder") from None
 

@@ -2,7 +2,9 @@
 
 A rank takes its slice of the global batch, and whatever is drawn for an image is drawn alike for any number of ranks.
 So R ranks are one process with the same batch, up to the order in which sums are rounded: the centre, Sinkhorn-Knopp,
-KoLeo, KDE, BatchNorm in the head and laws of colours are of the whole batch. Rank 0 alone watches and writes.
+KoLeo, KDE, BatchNorm in the head and laws of colours are of the whole batch. Rank 0 alone watches and writes. What
+ends one rank ends all, with the same error (`together`, `last_words`): a collapse, a full disk, a slide that cannot be
+read, a folder that another run holds, a signal.
 
 On one machine, a rank a GPU:
 
@@ -18,7 +20,7 @@ On several machines with Slurm, a task a GPU. Signals reach every task, where to
     #SBATCH --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=14 --time=24:00:00
     #SBATCH --signal=USR1@300 --requeue --open-mode=append
     export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
-    srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+    srun --wait=60 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
         python -m pathfm pretrain /data/cohort.csv /scratch/runs/l14 --recipe dinov2-vitl14 --workers 12'
     code=$?
     if [ $code -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
@@ -27,7 +29,8 @@ On several machines with Slurm, a task a GPU. Signals reach every task, where to
 Five minutes before its time is over the job gets USR1: every rank ends its step, rank 0 writes a checkpoint, all leave
 with status 75, and the requeued job goes on from there. SIGTERM (scancel, preemption) does the same, if a step and a
 checkpoint fit into the time until SIGKILL (KillWait, GraceTime). A job that dies without a word loses the steps since
-its last checkpoint and no number: the same command goes on to the same weights.
+its last checkpoint and no number: the same command goes on to the same weights. A rank that fails in the midst of a
+step, out of memory, leaves others waiting in NCCL until they are ended: by torchrun at once, by srun after --wait.
 
 In one process, without torch.distributed, each function here gives what that process holds.
 """
@@ -37,12 +40,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pathfm.errors import InputError
+from pathfm.errors import InputError, Stopped
+from pathfm.storage import read_json, write_json
 
 _apart = False
 
@@ -100,6 +105,82 @@ def apart() -> Iterator[None]:
         yield
     finally:
         _apart = before
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """At its end all ranks meet, and where the block raised on some, all raise what the first of them did.
+
+    For what one rank does alone, or may fail at alone. Inside, no rank may wait for another.
+    """
+    wrong = None
+    try:
+        yield
+    except Exception as error:
+        wrong = error
+    wrong = _agreed(wrong)
+    if wrong is not None:
+        raise wrong
+
+
+def _agreed(wrong: Exception | None) -> Exception | None:
+    """The error of the first rank that has one; None where all is well."""
+    if not several():
+        return wrong
+    device = "cpu" if "gloo" in dist.get_backend_config() else "cuda"
+    mine = torch.tensor(size() if wrong is None else rank(), device=device)
+    first = int(_reduced(mine, dist.ReduceOp.MIN))
+    if first == size():
+        return None
+    words = [_words(wrong)]
+    dist.broadcast_object_list(words, src=first)
+    return wrong if first == rank() else _spoken(*words[0])
+
+
+@contextlib.contextmanager
+def last_words(folder: Path) -> Iterator[None]:
+    """What one rank raises in the block, where it can meet the others no more, they raise when they find it gone.
+
+    Its words lie in `folder`, which all ranks see, before it leaves. `forget_words` takes away those of earlier runs.
+    """
+    try:
+        yield
+    except (Stopped, Elsewhere):  # known to all
+        raise
+    except Exception as error:
+        if not several():
+            raise
+        others = [_words_of(folder, one) for one in range(size()) if one != rank()]
+        heard = next((path for path in others if path.is_file()), None)
+        if heard is not None and not isinstance(error, InputError):
+            raise _spoken(*read_json(heard)) from error
+        with contextlib.suppress(InputError):  # as of a full disk, which is no reason to hide `error`
+            write_json(_words_of(folder, rank()), _words(error))
+        raise
+
+
+def forget_words(folder: Path) -> None:
+    """Nothing in `folder` is said any more."""
+    for path in folder.glob(_words_of(folder, "*").name):
+        path.unlink()
+
+
+def _words_of(folder: Path, of: int | str) -> Path:
+    return folder / f".last-words-{of}.json"
+
+
+def _words(error: Exception | None) -> tuple[str, str]:
+    """Kind and text of an error."""
+    return ("InputError", str(error)) if isinstance(error, InputError) else (type(error).__name__, str(error))
+
+
+def _spoken(kind: str, text: str) -> Exception:
+    """Another rank's error."""
+    return InputError(text) if kind == "InputError" else Elsewhere(f"another rank: {kind}: {text}")
+
+
+class Elsewhere(RuntimeError):
+    """What another rank raised, where it was no InputError."""
 
 
 def gathered(x: Tensor) -> Tensor:

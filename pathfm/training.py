@@ -44,6 +44,17 @@ class Training:
 
     def __init__(self, config: PretrainConfig, tiles: list, folder: Path, source: dict | None = None):
         self.config, self.tiles, self.folder, self.source = config, tiles, folder, source or {}
+        with ranks.together():
+            saved = self._begun()
+        self.net = self._prepared()
+        self.named = {name: p for name, p in self.model.student.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(self.model.groups(), lr=config.lr)
+        if saved is not None:
+            checkpoint.restore_optimiser(self.optimiser, self.named, saved[1])
+
+    def _begun(self) -> tuple[Path, dict, dict] | None:
+        """The model on its device, as the folder's checkpoint has it where there is one, which is returned."""
+        config = self.config
         _check_ranks(config)
         self.device = device_of(config)
         self.fused, self.precision = kernels_of(config, self.device)
@@ -58,11 +69,7 @@ class Training:
         if saved is not None:
             self._restore(*saved)
         self.model.to(self.device).train()
-        self.net = self._prepared()
-        self.named = {name: p for name, p in self.model.student.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.AdamW(self.model.groups(), lr=config.lr)
-        if saved is not None:
-            checkpoint.restore_optimiser(self.optimiser, self.named, saved[1])
+        return saved
 
     def _prepared(self) -> torch.nn.Module:
         """What is called in place of the model: its blocks as the settings ask, its gradients those of all ranks."""
@@ -83,38 +90,40 @@ class Training:
         """Does the steps that are left, then exports the teacher. Raises Stopped where a signal ended it before."""
         config, first = self.config, ranks.rank() == 0
         self.watching = config.watch_every > 0 and validation is not None
-        if first:
-            self._describe(stream)
-        self.journal = Journal(self.folder, self.step) if first else None
-        with self.journal or contextlib.nullcontext():
-            self.watch = Watch.of(validation, config.watch_tiles) if first and self.watching else None
+        with Ear() as ear, contextlib.ExitStack() as opened:
+            with ranks.together():
+                if first:
+                    self._open(stream, validation, opened)
             if not self.step:
                 self._look()
             loader = batches(stream, config, self.step, pin=self.device.type == "cuda")
             multicrop, steps = MultiCrop(config, self.model.patch_px), range(self.step, config.steps)
             said = f"{self.folder.name}, step {self.step} to {config.steps}"
             self.bar = Progress(steps, said) if first else steps
-            with feeding(loader) as feed, Ear() as ear:
+            with ranks.last_words(self.folder), feeding(loader) as feed:
                 for step in self.bar:
                     self._advance(step, feed, multicrop, ear)
-        self._export()
+            with ranks.together():
+                opened.close()
+            self._export()
+
+    def _open(self, stream: Any, validation: Any, opened: contextlib.ExitStack) -> None:
+        """What rank 0 alone holds: the run's record, its journal until `opened` is closed, the tiles to watch."""
+        ranks.forget_words(self.folder)
+        self._describe(stream)
+        self.journal = opened.enter_context(Journal(self.folder, self.step))
+        self.watch = Watch.of(validation, self.config.watch_tiles) if self.watching else None
 
     def _advance(self, step: int, feed: Iterator, multicrop: MultiCrop, ear: Ear) -> None:
         """One step with all that is written of it."""
         config, start = self.config, time.perf_counter()
-        batch = next(feed)
-        waited = time.perf_counter() - start
-        try:
-            done, full = self._one(step, batch, multicrop, bool(ear.heard)), None
-        except (RuntimeError, MemoryError) as error:
-            if not remedies.is_full(error):
-                raise
-            full = type(error)  # and no more of it: what the failed step holds is free again below
-        if full:
-            raise self._too_large(batch, multicrop, measure=full is torch.OutOfMemoryError)
-        row, stopping = done
+        with ranks.together():
+            batch = next(feed)
+            waited = time.perf_counter() - start
+        row, stopping = self._fitting(step, batch, multicrop, bool(ear.heard))
         self.step, last = step + 1, step + 1 == config.steps
-        self._log(row, time.perf_counter() - start, waited)
+        with ranks.together():
+            self._log(row, time.perf_counter() - start, waited)
         if self.step % max(1, config.watch_every) == 0 or last:
             self._look()
         if self.step % config.checkpoint_every == 0 or last or stopping:
@@ -125,13 +134,25 @@ class Training:
                 f"{self.step} of {config.steps}; the same call goes on from there"
             )
 
+    def _fitting(self, step: int, batch: Any, multicrop: MultiCrop, stop: bool) -> tuple[dict[str, float], bool]:
+        """`_one`. Raises InputError that says what would fit, where there is no memory for it."""
+        try:
+            return self._one(step, batch, multicrop, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not remedies.is_full(error):
+                raise
+            full = type(error)  # and no more of it: what the failed step holds is free again below
+        raise self._too_large(batch, multicrop, measure=full is torch.OutOfMemoryError)
+
     def _one(self, step: int, batch: Any, multicrop: MultiCrop, stop: bool = False) -> tuple[dict[str, float], bool]:
         """One optimiser step: its row of the log, and whether any rank wants to `stop`."""
         model, now = self.model, schedule(self.config, step)
         images = batch.image.to(self.device, non_blocking=True)
         views = multicrop(images, batch.mpp, self._drawn(step))
-        if self.journal and not step:
-            self.journal.story.show(views)
+        if not step:
+            with ranks.together():
+                if self.journal:
+                    self.journal.story.show(views)
         set_rates(self.optimiser.param_groups, now)
         self.optimiser.zero_grad(set_to_none=True)
         parts = views.parts(self.config.accumulate)
@@ -209,8 +230,11 @@ class Training:
         if not self.watching:
             return
         model = self._whole()
-        if not self.journal:
-            return
+        with ranks.together():
+            if self.journal:
+                self._judge(model)
+
+    def _judge(self, model: Dino) -> None:
         with ranks.apart():
             seen = self.watch.look(model, self.config)
         self.journal.add("watch", self.step, seen)
@@ -239,17 +263,20 @@ class Training:
 
     def _export(self) -> None:
         model = self._whole()
-        if not self.journal:
-            return
-        about = card.of_run(read_json(self.folder / "params.json"), logbook.read(self.folder / "watches.csv"))
-        export(model.teacher.backbone, self.folder / "teacher", about)
+        with ranks.together():
+            if not ranks.rank():
+                about = card.of_run(read_json(self.folder / "params.json"), logbook.read(self.folder / "watches.csv"))
+                export(model.teacher.backbone, self.folder / "teacher", about)
 
     def _save(self) -> None:
         tensors = {**self.model.state_dict(), **checkpoint.optimiser_tensors(self.optimiser, self.named)}
         if self.sharded:
             tensors = self._gathered(tensors)
-        if not self.journal:
-            return
+        with ranks.together():
+            if self.journal:
+                self._keep(tensors)
+
+    def _keep(self, tensors: dict[str, torch.Tensor]) -> None:
         self.journal.settle()
         state = {
             "step": self.step,

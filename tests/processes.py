@@ -30,11 +30,17 @@ def started(ranks: int, function: Callable, *given) -> list[BaseProcess]:
 
 
 def on_ranks(ranks: int, function: Callable, *given) -> list[int]:
-    """The exit codes of `ranks` processes that run function(*given), in one that is alone without a launcher."""
+    """The exit codes of `ranks` processes that run function(*given), in one that is alone without a launcher.
+
+    None of one that does not end.
+    """
     processes = started(ranks, function, *given)
     for process in processes:
         process.join(timeout=120)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def _as_rank(rank: int, ranks: int, port: int, function: Callable, given: tuple) -> None:
