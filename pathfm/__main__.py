@@ -9,23 +9,26 @@ import sys
 import types
 import typing
 
-from pathfm.errors import InputError, Stopped
+from pathfm.errors import InputError, Stopped, nearest
+from pathfm.options import Sampling
 from pathfm.verbs import VERBS
 
 
-def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "") -> None:
+def pretrain(config: typing.Any, cohort: str, folder: str, tiles: str = "", sampling: Sampling | None = None) -> None:
     """pretrain a backbone with DINO or DINOv2 from the slides of a cohort; continues a run that was interrupted"""
     from pathfm import Cohort, ranks, study
 
-    run = study.pretrained(Cohort.read(cohort), config, folder=folder, offline=tiles)
+    run = study.pretrained(Cohort.read(cohort), config, folder=folder, offline=tiles, sampling=sampling)
     if not ranks.rank():
         print(run.teacher)
 
 
-def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """A field without default is an argument, one with a default an option of its own type."""
+def add_fields(parser: argparse.ArgumentParser, settings: type, but: typing.Collection[str] = ()) -> None:
+    """A field without default is an argument, one with a default an option of its own type; `but` these."""
     hints = typing.get_type_hints(settings)
     for item in dataclasses.fields(settings):
+        if item.name in but:
+            continue
         if item.default is dataclasses.MISSING:
             parser.add_argument(item.name, **item.metadata)
             continue
@@ -111,11 +114,18 @@ def _pretrain(arguments: list[str]) -> None:
     early.add_argument("--method", default="dino")
     chosen, _ = early.parse_known_args(arguments)
     base = recipe(chosen.recipe) if chosen.recipe else make_config(method=chosen.method)
-    add_fields(first, type(base))
-    first.set_defaults(**dataclasses.asdict(base))
-    given = vars(first.parse_args(arguments))
+    drawn = [item.name for item in dataclasses.fields(Sampling)]
+    add_fields(first, type(base), but=drawn)
+    add_fields(first.add_argument_group("tiles", Sampling.__doc__), Sampling)
+    first.set_defaults(**{**dataclasses.asdict(base), **dataclasses.asdict(Sampling.of(base))})
+    read, unknown = first.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in first._actions for option in action.option_strings]
+        raise InputError(f"pretrain has no '{unknown[0]}'.{nearest(unknown[0], known)}")
+    given = vars(read)
     cohort, folder, tiles, _ = (given.pop(name) for name in ("cohort", "folder", "tiles", "recipe"))
-    pretrain(make_config(**given), cohort, folder, tiles)
+    sampling = Sampling(**{name: given.pop(name) for name in drawn})
+    pretrain(make_config(**given, **sampling.fields()), cohort, folder, tiles, sampling)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from pathfm.options import DRAWS
+
 # Sources of tissue by how their slides are named: TCGA's and GTEx's barcodes, CAMELYON16's and 17's files.
 NAMED = {"TCGA": r"TCGA-\w\w-", "GTEx": r"GTEX-\w+-", "CAMELYON": r"(normal|tumor|test|patient)_\d{3}(_node_\d)?$"}
 SYNTHETIC, UNKNOWN = "synthetic", "unknown"
@@ -57,14 +59,25 @@ def data(stream: dict[str, Any], config: dict[str, Any]) -> str:
     """One paragraph: slides, patients, centres, magnifications."""
     if "slides" not in stream:
         return f"Tiles of {stream['stream']}, without slides; mpp {_listed(config['mpp'])}."
-    centres = stream.get("centres", [])
+    centres, options = stream.get("centres", []), stream.get("options", {})
+    scales = _listed(row["mpp"] for row in stream["mixture"]) if "mixture" in stream else _listed(config["mpp"])
     tissue = ", ".join(f"{n} {name}" for name, n in stream.get("tissue", {}).items())
     return (
         f"{stream['slides']} slides of {stream['patients']} patients; tissue: {tissue or 'not told'}. "
         f"Training centres: {', '.join(centres) if centres else 'not told'}. Microns per pixel: "
-        f"{_listed(row['mpp'] for row in stream['mixture']) if 'mixture' in stream else _listed(config['mpp'])}; "
-        f"tiles of {config['tile_px']} px with at least {config['min_tissue']:.0%} tissue."
+        f"{options.get('mpp') or scales}; "
+        f"tiles of {options.get('tile_px', config['tile_px'])} px with at least {config['min_tissue']:.0%} tissue."
+        f"{_drawn(options)}"
     )
+
+
+def _drawn(options: dict[str, Any]) -> str:
+    """How tiles were drawn, where it was not each slide and each position alike."""
+    plain = {"resample": "auto", "context_px": options.get("tile_px")}
+    said = {name: options.get(name) for name in (*DRAWS, "resample")}
+    said = {name: value for name, value in said.items() if value and value != plain.get(name)}
+    values = [f"{name}={_listed(value) if isinstance(value, list) else value}" for name, value in said.items()]
+    return f" Drawn with {'; '.join(values)}." if values else ""
 
 
 def _listed(values) -> str:

@@ -95,18 +95,18 @@ def check_same(path: Path, state: dict[str, Any], config: PretrainConfig, tiles:
         was = list(was) if isinstance(was, tuple) else was
         if name not in FREE and was != wanted:
             raise InputError(f"{path} was made with {name}={was!r}, not {wanted!r}; use that, or a new folder")
-    for was, wanted in zip(state["tiles"], tiles, strict=False):
-        if was != wanted:
-            raise InputError(
-                f"{path} was made on another tile stream: its first tiles have {was}, this has "
-                f"{wanted}; use that stream, or a new folder"
-            )
     before = state.get("source") or {}
     for name in sorted(set(before) & set(source)):
         if before[name] != source[name]:
             raise InputError(
                 f"{path} was made on another tile stream: its {name} was {before[name]!r}, now it is "
                 f"{source[name]!r}; use that stream, or a new folder"
+            )
+    for was, wanted in zip(state["tiles"], tiles, strict=False):
+        if was != wanted:
+            raise InputError(
+                f"{path} was made on another tile stream: its first tiles have {was}, this has "
+                f"{wanted}; use that stream, or a new folder"
             )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from pathfm import answers, ranks, scores
+from pathfm import answers, ranks, scales, scores
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
 from pathfm.config import PretrainConfig
@@ -21,6 +21,7 @@ from pathfm.config import recipe as of_recipe
 from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
 from pathfm.offline import OfflineTiles
+from pathfm.options import DRAWS, Sampling
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
 from pathfm.runs import code_hash, read_results, results_dir
@@ -67,35 +68,48 @@ def of_role(slides: SlideIndex, role: str) -> SlideIndex | None:
     return slides.subset(list(chosen)) if len(chosen) else None
 
 
-def stream(slides: SlideIndex, config: PretrainConfig, common: str = "") -> TileStream:
+def stream(
+    slides: SlideIndex, config: PretrainConfig, common: str = "", sampling: Sampling | None = None
+) -> TileStream:
     """The tiles of a pretraining run: from slides whose role is pretrain, at every mpp of `config` that one can serve.
 
-    common  keeps only slides that serve each of these mpp, such as "0.5,1,2", whether this run draws them or not:
-            the arms of an ablation on magnification then see the same slides
+    common    keeps only slides that serve each of these mpp, such as "0.5,1,2", whether this run draws them or not:
+              the arms of an ablation on magnification then see the same slides
+    sampling  how they are drawn, where more is said of it than `config` does (`Sampling.fields` are the config's)
 
     Says which mpp no slide serves, and that a cohort without roles pretrains on all of its slides.
     """
-    chosen = of_role(slides, "pretrain")
+    chosen, sampling = of_role(slides, "pretrain"), sampling or Sampling.of(config)
     if chosen is None:
         raise InputError("the cohort has no usable slide of role 'pretrain'; give some that role, or no column role")
     if "role" not in slides.slides:
         print("The cohort has no column 'role': all of its slides pretrain, none validates or tests.")
-    mpp = servable(chosen, config)
-    for missing in sorted(set(config.mpp) - set(mpp)):
-        print(f"No slide serves {missing:g} mpp; it is left out.")
-    if not mpp:
-        raise InputError(
-            f"no slide serves any of {', '.join(f'{m:g}' for m in config.mpp)} mpp with {config.tile_px} px tiles "
-            f"of {config.min_tissue:.0%} tissue; ask for an mpp between the slides' own and their size"
-        )
+    law = _served(chosen, sampling)
     if common:
-        serving = TileStream(chosen, config.tile_px, mpp_list(common), config.min_tissue, common_mpp=True)
+        serving = TileStream(chosen, sampling.tile_px, mpp_list(common), sampling.min_tissue, common_mpp=True)
         chosen = chosen.subset(list(serving.slides["slide_id"]))
-    return TileStream(chosen, config.tile_px, mpp, config.min_tissue, config.seed)
+    return sampling.stream(chosen, law)
 
 
-def servable(slides: SlideIndex, config: PretrainConfig) -> tuple[float, ...]:
-    """Those mpp of `config` at which at least one slide has an admissible tile."""
+def _served(slides: SlideIndex, sampling: Sampling) -> scales.Values | scales.Continuous:
+    """The law of mpp, without the values that no slide serves, which are said; with common_mpp all are asked for."""
+    law = sampling.law
+    if isinstance(law, scales.Continuous) or sampling.common_mpp:
+        return law
+    left = servable(slides, sampling)
+    for missing in sorted(set(law.mpp) - set(left)):
+        print(f"No slide serves {missing:g} mpp; it is left out.")
+    if not left:
+        raise InputError(
+            f"no slide serves any of {', '.join(f'{m:g}' for m in law.mpp)} mpp with {sampling.tile_px} px tiles "
+            f"of {sampling.min_tissue:.0%} tissue; ask for an mpp between the slides' own and their size"
+        )
+    weights = dict(zip(law.mpp, law.share, strict=True))
+    return law if len(left) == len(weights) else scales.of({mpp: weights[mpp] for mpp in left})
+
+
+def servable(slides: SlideIndex, config: PretrainConfig | Sampling) -> tuple[float, ...]:
+    """Those mpp of `config`, or of how tiles are drawn, at which at least one slide has an admissible tile."""
     try:
         mixture = TileStream(slides, config.tile_px, config.mpp, config.min_tissue).mixture
     except InputError:
@@ -182,19 +196,22 @@ def pretrained(
     common: str = "",
     folder: str = "",
     offline: str | Path = "",
+    sampling: Sampling | None = None,
     **fields,
 ) -> Run:
     """The run of a configuration on a cohort, trained where the cache does not hold it, with watches where it can.
 
     settings    the smoke configuration where None, with `fields` replaced
-    common      as in `stream`
+    common, sampling  as in `stream`
     folder      of the run; the cache, by configuration and tiles, where empty
     offline     tiles that `pathfm tiles` wrote, in place of the cohort's stream; the cohort is still what is watched
     """
     settings = settings or config(**fields)
     if settings.init == NON_HISTOLOGY:
         settings = settings.replace(init=str(non_histology(settings).teacher))
-    source = OfflineTiles(offline, seed=settings.seed) if offline else stream(index(slides), settings, common)
+    if offline and sampling:
+        sampling.refuse((*DRAWS, "resample"), "draws tiles, and those in tiles are there; leave {name} out, or tiles")
+    source = OfflineTiles(offline, seed=settings.seed) if offline else stream(index(slides), settings, common, sampling)
     return _once(settings, source, watched(slides, settings) if settings.watch_every else None, folder)
 
 

@@ -14,6 +14,7 @@ from pathfm import closeup, config, pretrain, study
 from pathfm.__main__ import main
 from pathfm.config import METHODS, RECIPES, DinoV2Config, PretrainConfig, make_config, recipe
 from pathfm.errors import InputError
+from pathfm.options import Sampling
 from pathfm.vit import make_backbone
 from pathfm.weights import with_tag
 
@@ -164,7 +165,8 @@ def test_the_command_line_takes_a_recipe_and_its_methods_fields(monkeypatch, cap
     told = []
     monkeypatch.setattr("pathfm.__main__.pretrain", lambda *given: told.append(given))
     assert main(["pretrain", "c.csv", "f", "--recipe", "dinov2-vitl14", "--steps=7", "--mask-ratio", "0.1,0.3"]) == 0
-    assert told.pop() == (recipe("dinov2-vitl14", steps=7, mask_ratio=(0.1, 0.3)), "c.csv", "f", "")
+    wanted = recipe("dinov2-vitl14", steps=7, mask_ratio=(0.1, 0.3))
+    assert told.pop() == (wanted, "c.csv", "f", "", Sampling.of(wanted))
     assert main(["pretrain", "c.csv", "f", "--method", "dinov2"]) == 0 and told.pop()[0] == DinoV2Config()
     assert main(["pretrain", "c.csv", "f"]) == 0 and told.pop()[0] == PretrainConfig()
     assert main(["pretrain", "c.csv", "f", "--recipe=dmo"]) == 2

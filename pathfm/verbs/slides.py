@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, field
 
 from pathfm.errors import InputError
+from pathfm.options import DRAWS, Sampling
 from pathfm.verbs.setting import setting
 
 
@@ -106,27 +107,15 @@ class Montage:
         print(montage.write(index, self.out, self.sort, self.page))
 
 
-@dataclass(frozen=True)
-class Tiles:
+@dataclass(frozen=True, kw_only=True)
+class Tiles(Sampling):
     """write the first tiles of a cohort's stream, or a fixed grid, as a folder of images or WebDataset shards"""
 
     cohort: str
     out: str
     n: int = setting(100, "tiles of a stream; a grid is written whole")
     stride_px: int = setting(0, "0: tiles of the stream; else a grid, this far apart in pixels of the tile")
-    mpp: str = setting("0.5", "microns per pixel, such as 0.25,0.5 or 0.5:1,1:3 (weights) or loguniform(0.25,2)")
-    tile_px: int = setting(256, "tile side in pixels")
-    min_tissue: float = setting(0.4, "least share of foreground in a tile")
-    seed: int = setting(0, "another seed, other tiles")
     role: str = setting("", "only slides of this role, such as pretrain; all when empty")
-    common_mpp: bool = setting(False, "only slides that serve every mpp")
-    tiles_per_slide: int = setting(0, "draw among so many fixed tiles per slide; 0: no limit")
-    resample: str = setting("auto", "auto, or always to filter every tile alike")
-    balance: str = setting("", "columns whose classes share the tiles alike, such as label,patient")
-    slide_weights: str = setting("", "column that weighs slides, such as tissue_mm2")
-    position_weights: str = setting("", "folder of weight maps that WeightMaps.save wrote")
-    tile_filter: str = setting("", "midnight: by colour")
-    context_px: int = setting(0, "side of the image, the tile in its middle; 0: the tile alone")
     form: str = setting("folder", "folder of images, or shards of WebDataset")
     by: str = setting("slide_id", "column that names the folders and the tiles' labels")
     image: str = setting("png", "png (the very pixels) or jpg")
@@ -139,24 +128,12 @@ class Tiles:
         index = SlideIndex.build(Cohort.read(self.cohort))
         if self.role:
             index = index.subset("status == 'ok' and role == @role".replace("@role", repr(self.role)))
-        source = self._grid(index) if self.stride_px else self._stream(index)
+        source = self._grid(index) if self.stride_px else self.stream(index)
         n = None if self.stride_px else self.n
         print(offline.write(source, self.out, n, self.form, self.by, self.image, self.quality, self.per_shard))
-
-    def _stream(self, index: typing.Any) -> typing.Any:
-        from pathfm import TileStream
-
-        return TileStream(
-            index, self.tile_px, self.mpp, self.min_tissue, self.seed, self.common_mpp,
-            tiles_per_slide=self.tiles_per_slide or None, resample=self.resample, balance=self.balance,
-            slide_weights=self.slide_weights or None, position_weights=self.position_weights or None,
-            tile_filter=self.tile_filter or None, context_px=self.context_px or None,
-        )  # fmt: skip
 
     def _grid(self, index: typing.Any) -> typing.Any:
         from pathfm.grids import Grid
 
-        for name in ("balance", "slide_weights", "position_weights", "tile_filter", "tiles_per_slide", "context_px"):
-            if getattr(self, name):
-                raise InputError(f"{name} draws tiles and a grid has them all; leave {name} out, or stride_px")
+        self.refuse(DRAWS, "draws tiles and a grid has them all; leave {name} out, or stride_px")
         return Grid(index, self.tile_px, self.mpp, self.stride_px, self.min_tissue, resample=self.resample)
