@@ -136,10 +136,7 @@ def load(where: str | Path) -> tuple[VisionTransformer, Preprocess]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give one with config.json and {weights.WEIGHTS}")
     model, config = weights.from_folder(folder)
-    pretrained = config.get("pretrained_cfg", {})
-    return model, Preprocess(
-        model.patch_embed.img_size[0], tuple(pretrained.get("mean", MEAN)), tuple(pretrained.get("std", STD))
-    )
+    return model, Preprocess(model.patch_embed.img_size[0], *weights.normalisation(config))
 
 
 def fetched(url: str) -> Path:

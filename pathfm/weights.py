@@ -79,10 +79,15 @@ def of_path(path: str | Path) -> Start:
     """
     path = Path(path)
     config = (path if path.is_dir() else path.parent) / "config.json"
-    about = read_json(config).get("pretrained_cfg", {}) if config.is_file() else {}
+    mean, std = normalisation(read_json(config) if config.is_file() else {})
     tensors = backbone_of(read_weights(path), path)
-    said = f"weights of {'/'.join(path.parts[-2:])}"
-    return Start(tensors, said, tuple(about.get("mean", MEAN)), tuple(about.get("std", STD)))
+    return Start(tensors, f"weights of {'/'.join(path.parts[-2:])}", mean, std)
+
+
+def normalisation(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std of the inputs in a config.json, by timm's present layout or its first; 0.5 where it says none."""
+    about = config.get("pretrained_cfg") or config
+    return tuple(about.get("mean", MEAN)), tuple(about.get("std", STD))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Where a backbone starts from: folders, files and checkpoints, ours and others', made to fit; headless ones go on."""
 
 import argparse
+import json
 
 import numpy as np
 import safetensors.torch
@@ -199,6 +200,32 @@ def test_a_folder_of_others_goes_on_from_the_features_that_it_had(tmp_path):
         assert torch.allclose(theirs(preprocess(tiles)), want, atol=1e-6)
         assert torch.allclose(ours.eval()(Preprocess(160)(tiles)), want, atol=1e-4)
     assert (preprocess.mean, preprocess.std) == tuple(IMAGENET.values())
+
+
+@mark.parametrize("method", ["dino", "dinov2"])
+@mark.parametrize("form", ["timm", "flat"])
+def test_no_further_step_from_a_folder_of_others_gives_identical_scores(method, form, tmp_path):
+    """Trained and exported at mean = std = 0.5, the backbone has the features and the kNN answers that it came with."""
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0, pretrained_cfg_overlay=IMAGENET), tmp_path)
+    if form == "flat":  # as timm wrote them once
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= config.pop("pretrained_cfg")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs, before = load(tmp_path)
+    whole = {"model": "test_vit", "depth": 0, "width": 0, "heads": 0, "global_px": 160, "tile_px": 160}
+    whole |= {"registers": 0, "layer_scale": 0.0} if method == "dinov2" else {}
+    config = {"dino": tiny_dino, "dinov2": tiny_dinov2}[method](**whole, local_px=48, init=str(tmp_path))
+    ours, after = load(export(METHODS[method](config).teacher.backbone, tmp_path / "ours"))
+    assert (before.mean, before.std) == tuple(IMAGENET.values()) and {*after.mean, *after.std} == {0.5}
+    tiles = np.stack([StructuredTiles(160)[i].image for i in range(40)])
+    with torch.no_grad():
+        want, got = theirs(before(tiles)), ours(after(tiles))
+        foreign = ours(before(tiles))
+    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(foreign, want, atol=1e-2)
+    labels = np.array([StructuredTiles(160)[i].slide_id for i in range(40)])
+    scores = [knn_accuracy(x[:30].numpy(), labels[:30], x[30:].numpy(), labels[30:]) for x in (want, got)]
+    assert scores[0] == scores[1]
 
 
 # Checkpoints of others
