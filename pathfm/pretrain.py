@@ -43,7 +43,8 @@ class Run:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """config, stream, init, device, precision, attention, scales, and a session for every start of the run."""
+        """config, stream, init, device, precision, attention, scales, watched (a row a magnification), and a session
+        for every start of the run."""
         return read_json(self.folder / "params.json")
 
     @property

@@ -167,12 +167,14 @@ def curves_figure(folder: str | Path) -> Figure:
         for name in names:
             few = len(has[name]) < 50
             ax.plot(has[name], label=name.replace("_", " "), lw=1, marker="o" if few else None, ms=3)
+        if {"rankme", "odcorr"} & set(names) and {"n", "d"} <= set(has) and has["n"].iloc[-1] < 10 * has["d"].iloc[-1]:
+            ax.text(0.02, 0.02, f"N = {has['n'].iloc[-1]:.0f}, less than 10 D", transform=ax.transAxes, fontsize=7)
         ax.set(title=title, xlabel="step", yscale="log" if log else "linear")
         if len(names) > 1:
             ax.legend(fontsize=7)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    fig.subplots_adjust(0.06, 0.08, 0.98, 0.95, wspace=0.25, hspace=0.55)
+    fig.subplots_adjust(0.08, 0.08, 0.98, 0.95, wspace=0.28, hspace=0.55)
     return fig
 
 
@@ -211,6 +213,12 @@ class Progress:
         print(
             f"{self.said}: step {step} of {self.steps[-1] + 1}, {self._told}, {left} left", file=sys.stderr, flush=True
         )
+
+
+def say(told: str) -> None:
+    """A line on stderr, but for a notebook, whose outputs are stored, and where PATHFM_PROGRESS=0 asks for silence."""
+    if os.environ.get("PATHFM_PROGRESS") != "0" and "ipykernel" not in sys.modules:
+        print(f"pathfm: {told}", file=sys.stderr, flush=True)
 
 
 def _is_log() -> bool:

@@ -234,11 +234,19 @@ def _once(settings: PretrainConfig, source, watch=None, folder: str | Path = "")
 def watched(slides: Cohort, settings: PretrainConfig):
     """What a run may look at while it trains: labelled tiles, else tiles of role validate, else nothing (and says so).
 
-    Never test tiles: a watch selects.
+    Never test tiles, nor tiles of a centre that tests what it is to be new: a watch selects. Of a stream there are
+    watch_tiles at the finest and as many at the coarsest mpp; of labelled tiles as many as there are.
     """
     if is_synthetic(slides) and {"validate", "probe-train"} <= set(slides.table.get("role", ())):
         return tiles(slides)
     chosen = of_role(index(slides), "validate")
+    fresh = new_centres(slides)
+    if chosen is not None and fresh:
+        held = set(slides.table.loc[slides.table["role"] == "test", "centre"].dropna().astype(str)) & set(fresh)
+        left = chosen.slides.loc[~chosen.slides["centre"].astype(str).isin(held), "slide_id"]
+        if len(left) < len(chosen.slides):
+            print(f"{len(chosen.slides) - len(left)} slides validate in centres that only test; they are not watched.")
+        chosen = chosen.subset(list(left)) if len(left) else None
     if chosen is None or not servable(chosen, settings):
         print("No labelled tiles and no slides of role 'validate': the run is not watched on validation tiles.")
         return None

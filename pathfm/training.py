@@ -31,7 +31,7 @@ from pathfm.runs import provenance
 from pathfm.schedules import Schedule, schedule, set_rates
 from pathfm.signals import Ear
 from pathfm.storage import read_json, write_json
-from pathfm.story import Journal, Progress, memory_gb
+from pathfm.story import Journal, Progress, memory_gb, say
 from pathfm.vit import set_attention
 from pathfm.watches import Watch, collapsed
 
@@ -110,9 +110,9 @@ class Training:
     def _open(self, stream: Any, validation: Any, opened: contextlib.ExitStack) -> None:
         """What rank 0 alone holds: the run's record, its journal until `opened` is closed, the tiles to watch."""
         ranks.forget_words(self.folder)
+        self.watch = Watch.of(validation, self.config.watch_tiles) if self.watching else None
         self._describe(stream)
         self.journal = opened.enter_context(Journal(self.folder, self.step))
-        self.watch = Watch.of(validation, self.config.watch_tiles) if self.watching else None
 
     def _advance(self, step: int, feed: Iterator, multicrop: MultiCrop, ear: Ear) -> None:
         """One step with all that is written of it."""
@@ -354,6 +354,11 @@ class Training:
         """params.json: what was asked for, what was chosen, and where and when each session of the run began."""
         path = self.folder / "params.json"
         before = read_json(path).get("sessions", []) if self.step and path.exists() else []
+        features, asked = self.model.teacher.backbone.num_features, self.config.watch_tiles
+        watched = self.watch.record(features, asked) if self.watch else []
+        for row in watched:
+            if row["few"]:
+                say(row["few"])
         write_json(
             path,
             {
@@ -364,6 +369,7 @@ class Training:
                 "precision": self.precision,
                 "attention": self._attention(),
                 "stream": {**told_of(stream), "first_tiles": self.tiles},
+                "watched": watched,
                 "scales": scale_table(self.config).round(4).to_dict("records"),
                 "sessions": [*before, {"from_step": self.step, **_shares(), **provenance()}],
             },

@@ -22,6 +22,7 @@ from pathfm.losses import entropy
 
 NEIGHBOURS = 20
 ROBUST_NEIGHBOURS = 10  # of the robustness index
+ENOUGH = 10  # tiles a feature, for RankMe and ODCorr
 BATCH = 64  # tiles that go through the teacher at a time
 MOST_SCALES = 8  # a stream with more mpp than this is looked at as a whole
 # Collapse is judged against the same teacher at step 0. Shares of ours that part tiny runs made to collapse (they tell
@@ -73,6 +74,19 @@ class Watch:
         if "mpp" in table and all(rows["mpp"].notna().all() for rows in parts):
             scales = sorted(set(parts[0]["mpp"]) & set(parts[1]["mpp"])) or scales
         return _two([_of_tiles(*parts, mpp, n, alone=len(scales) == 1) for mpp in _ends(scales)])
+
+    def record(self, features: int, asked: int) -> list[dict[str, Any]]:
+        """A row a magnification: mpp (None where there are several), tiles, features, and `few`, what to know of it.
+
+        features  of the model, D
+        asked     tiles that the config asks for (watch_tiles)
+        """
+        rows = []
+        for watch in (self, self.coarse) if self.coarse else (self,):
+            n, mpp = len(watch.images), None if np.isnan(watch.mpp) else float(watch.mpp)
+            row = {"mpp": mpp, "tiles": n, "features": features, "few": _few(n, mpp, features, asked)}
+            rows.append(row)
+        return rows
 
     @torch.inference_mode()
     def look(self, model: Dino, config: PretrainConfig) -> dict[str, float]:
@@ -133,6 +147,19 @@ class Watch:
         prepare, device = Preprocess(config.global_px), model.centre.device
         batches = [model.teacher.backbone(prepare(batch.to(device))) for batch in images.split(BATCH)]
         return torch.cat(batches).float().cpu().numpy()
+
+
+def _few(n: int, mpp: float | None, features: int, asked: int) -> str:
+    """What a reader of RankMe and ODCorr should know of `n` tiles; "" where they are enough."""
+    at = "" if mpp is None else f" at {mpp:g} um/px"
+    said = [f"the cohort has {n} validation tiles{at}, not watch_tiles={asked}"] if n < asked else []
+    if n < ENOUGH * features:
+        floor = np.sqrt(2 / (np.pi * n))
+        said.append(
+            f"{n} watched tiles{at} are fewer than {ENOUGH} for each of {features} features: RankMe and ODCorr (its "
+            f"floor is {floor:.2g}) compare within this run alone"
+        )
+    return "; ".join(said)
 
 
 def spread(x: np.ndarray) -> float:

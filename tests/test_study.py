@@ -3,14 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pathfm import Cohort, InputError, SlideIndex, TileSet, runs, study
 from pathfm.__main__ import main
-from pathfm.config import SMOKE
+from pathfm.config import RECIPES, SMOKE
 from pathfm.export import load
 from pathfm.features import extract
 from pathfm.scores import Prediction
 from pathfm.synthetic import labelled_tiles
+from pathfm.watches import Watch
 
 TINY = {"depth": 1, "width": 32, "heads": 2, "prototypes": 32, "head_hidden": 32, "head_bottleneck": 16}
 TWO_STEPS = {**TINY, "steps": 2, "batch_size": 4, "watch_every": 0, "seed": 3}
@@ -171,6 +173,29 @@ def test_a_synthetic_cohort_is_asked_for_by_name_and_seed(monkeypatch):
         study.cohort("developmnt:11")
     with pytest.raises(InputError, match="neither"):
         study.cohort("study:x")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_run_watches_as_many_validation_tiles_as_are_asked_for_at_two_mpp_and_none_of_test_centres(
+    held, cohort, capsys
+):
+    table = cohort.table.head(4).assign(role=["pretrain", "validate", "validate", "test"])
+    table["patient_id"], table["centre"] = list("pqrs"), ["a", "b", "c", "c" if held else "d"]
+    settings = study.config(mpp="1,2", watch_tiles=20, **{**TINY, "tile_px": 36, "global_px": 32, "local_px": 16})
+    stream = study.watched(Cohort(table, "watched"), settings)
+    validating = list(table["slide_id"].iloc[1:3])
+    assert set(stream.slides["slide_id"]) == set(validating[:1] if held else validating)
+    assert ("1 slides validate in centres that only test" in capsys.readouterr().out) == held
+    watch = Watch.of(stream, settings.watch_tiles)
+    assert (watch.mpp, watch.coarse.mpp) == (1, 2) and len(watch.images) == len(watch.coarse.images) == 20
+    again = Watch.of(study.watched(Cohort(table, "watched"), settings), settings.watch_tiles)
+    assert torch.equal(watch.images, again.images), "they are fixed"
+
+
+def test_a_real_runs_recipe_watches_4096_tiles():
+    large = [name for name in RECIPES if name.startswith(("dino-vit", "dinov2-vit", "midnight"))]
+    assert len(large) == 7 and {study.config(name).watch_tiles for name in large} == {4096}
+    assert all(study.config(name).watch_every for name in large)
 
 
 def test_new_centres_are_those_that_no_pretraining_slide_comes_from():

@@ -1,6 +1,7 @@
 """What the watches see of validation tiles: closed forms, two magnifications, centres; collapse and learning."""
 
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from pathfm.dino import Dino
 from pathfm.errors import InputError
 from pathfm.metrics import centre_identity, robustness_index
 from pathfm.pretrain import Run, pretrain
+from pathfm.story import curves_figure
 from pathfm.watches import Watch, collapsed, spread
 
 
@@ -58,6 +60,24 @@ def test_a_stream_of_one_or_of_any_magnification_is_watched_as_a_whole():
         stream.mpp = mpp
         watch = Watch.of(stream, 12)
         assert len(watch.images) == 12 and watch.coarse is None and watch.mpp == pytest.approx(said, nan_ok=True)
+
+
+def test_too_few_tiles_are_said_in_the_log_in_the_record_and_beside_the_curves(tmp_path, capsys, monkeypatch):
+    """Of a stream that ends before there are as many as asked for; fewer than ten a feature, of which there are 32."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    run = pretrain(tiny(watch_tiles=330), StructuredTiles(), StructuredTiles(length=300, seed=1), tmp_path / "few")
+    fine, coarse = run.params["watched"]
+    assert fine["mpp"] == 1 and fine["tiles"] + coarse["tiles"] == 300 and coarse["features"] == 32
+    assert f"the cohort has {fine['tiles']} validation tiles at 1 um/px, not watch_tiles=330; " in fine["few"]
+    assert f"{fine['tiles']} watched tiles at 1 um/px are fewer than 10 for each of 32 features" in fine["few"]
+    said = capsys.readouterr().err.splitlines()
+    assert {f"pathfm: {fine['few']}", f"pathfm: {coarse['few']}"} <= set(said)
+    assert run.watches["n"].tolist() == [fine["tiles"]] * 3
+    noted = [text.get_text() for ax in curves_figure(run.folder).axes for text in ax.texts]
+    assert noted == [f"N = {fine['tiles']}, less than 10 D"] * 2
+    enough = pretrain(tiny(watch_tiles=320), StructuredTiles(), StructuredTiles(seed=1), tmp_path / "enough")
+    assert [(row["tiles"], row["few"]) for row in enough.params["watched"]] == [(320, "")] * 2
+    assert not any(ax.texts for ax in curves_figure(enough.folder).axes)
 
 
 def test_labelled_tiles_are_watched_at_both_magnifications_of_validate_only(tmp_path):
