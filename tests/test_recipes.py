@@ -1,10 +1,13 @@
 """Recipes: small files that say where each value comes from; and the two methods' configs."""
 
 import dataclasses
+import itertools
+import json
 import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -176,3 +179,32 @@ def test_the_command_line_takes_a_recipe_and_its_methods_fields(monkeypatch, cap
 def test_a_config_is_of_its_method():
     with pytest.raises(InputError, match="method='dinov2' is not of PretrainConfig; take DinoV2Config"):
         PretrainConfig(method="dinov2")
+
+
+RUNNING = {"watch_every", "watch_tiles", "checkpoint_every", "threads", "precision"}
+
+
+def test_the_pairs_of_trials_in_notebook_03_are_all_that_differ_in_one_setting_and_their_gains_the_files():
+    """Its table against results/recipe_search.csv, whose settings change the recipe of the trial."""
+    root = Path(__file__).parent.parent
+    trials = pd.read_csv(root / "results" / "recipe_search.csv").set_index("trial")
+    settings = {}
+    for trial, text in trials["settings"].items():
+        told = json.loads(text)
+        own = {name: told.pop(name) for name in ("slide_run", "slide_centre") if name in told}  # no longer there
+        fields = dataclasses.asdict(recipe(told.pop("recipe", "smoke"), **told))
+        settings[trial] = {name: value for name, value in {**fields, **own}.items() if name not in RUNNING}
+
+    def differing(one: str, other: str) -> set[str]:
+        a, b = settings[one], settings[other]
+        return {name for name in a | b if a.get(name) != b.get(name)}
+
+    cells = json.loads((root / "notebooks" / "03_pretraining.ipynb").read_text())["cells"]
+    text = next(text for text in ("".join(cell["source"]) for cell in cells) if "**no grid**" in text)
+    rows = re.findall(r"^\|[^|]+\|[^|]+\|[^|]+\| (\w+), (\w+) \| ([\d.]+) → ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 13
+    for one, other, *gains in rows:
+        assert gains == [f"{100 * trials['gain_seed12'][trial]:.1f}" for trial in (one, other)]
+        assert len(differing(one, other)) <= 3, differing(one, other)
+    single = {frozenset(pair) for pair in itertools.combinations(settings, 2) if len(differing(*pair)) == 1}
+    assert len(single) == 8 and single <= {frozenset(row[:2]) for row in rows}
