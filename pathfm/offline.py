@@ -24,6 +24,7 @@ from pathfm.stream import ENDLESS, Tile, TileName
 
 VERSION = 1
 FORMS, IMAGES, ORDERS = ("folder", "shards"), ("png", "jpg"), ("written", "shuffled")
+STREAMS = ("TileStream", "Places")  # whose order is a draw already
 CHUNK = 64  # tiles read together
 KNOWN = ("patient_id", "centre")  # of a slide; go into the manifest
 
@@ -228,7 +229,7 @@ class OfflineTiles:
                 f"{folder} was written by version {self.about['version']}, this is {VERSION}; write it anew"
             )
         self.table, self.digest = _read_manifest(self.folder / "manifest.csv")
-        self.order = order or ("written" if self.about.get("source") == "TileStream" else "shuffled")
+        self.order = order or ("written" if self.about.get("source") in STREAMS else "shuffled")
         if self.order not in ORDERS:
             raise InputError(f"order={order!r} is unknown.{nearest(order, ORDERS)}")
         self.tile_px = self[0].image.shape[0]

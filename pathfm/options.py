@@ -11,12 +11,14 @@ from pathfm.errors import InputError
 
 if TYPE_CHECKING:
     from pathfm.index import SlideIndex
+    from pathfm.places import Places
     from pathfm.scales import Continuous, Values
     from pathfm.stream import TileStream
 
 # What only a stream can do, not tiles that are there already: a grid, or tiles on the disk.
 DRAWS = (
     "common_mpp", "tiles_per_slide", "balance", "slide_weights", "position_weights", "tile_filter", "context_px",
+    "same_place",
 )  # fmt: skip
 
 
@@ -37,6 +39,8 @@ class Sampling:
     tile_filter: str = setting("", "midnight: by colour")
     context_px: int = setting(0, "side of the image, the tile in its middle; 0: the tile alone")
 
+    same_place: bool = setting(False, "each place at every mpp of the list, in as many tiles in a row")
+
     @classmethod
     def of(cls, config: PretrainConfig) -> Sampling:
         """As a run draws of which nothing else is said."""
@@ -50,12 +54,13 @@ class Sampling:
 
         return scales.of(self.mpp)
 
-    def stream(self, index: SlideIndex, law: Values | Continuous | None = None) -> TileStream:
+    def stream(self, index: SlideIndex, law: Values | Continuous | None = None) -> TileStream | Places:
         """The tiles of an index; `law` in place of the own one, as of what its slides serve."""
+        from pathfm.places import Places
         from pathfm.stream import TileStream
 
-        return TileStream(
-            index, self.tile_px, law or self.law, self.min_tissue, self.seed, self.common_mpp,
+        return (Places if self.same_place else TileStream)(
+            index, self.tile_px, law or self.law, self.min_tissue, seed=self.seed, common_mpp=self.common_mpp,
             tiles_per_slide=self.tiles_per_slide or None, resample=self.resample, balance=self.balance,
             slide_weights=self.slide_weights or None, position_weights=self.position_weights or None,
             tile_filter=self.tile_filter or None, context_px=self.context_px or None,

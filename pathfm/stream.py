@@ -202,6 +202,7 @@ class TileStream:
             "position_weights": maps and maps.digest(),
             "tile_filter": self.tile_filter and repr(self.tile_filter),
             "context_px": self.context_px,
+            "same_place": False,  # see `places.Places`
         }
 
     def positions(self) -> pd.DataFrame:
@@ -232,6 +233,13 @@ class TileStream:
     def at_scales(self, i: int, mpps: Sequence[float]) -> list[Tile]:
         """The place of tile i at several mpp: tiles of tile_px pixels about the centre of tile i, in this order.
 
+        As `placed` names them.
+        """
+        return self.tiles(self.placed(i, mpps))
+
+    def placed(self, i: int, mpps: Sequence[float]) -> list[TileName]:
+        """What the tiles of `at_scales` are, without reading them.
+
         Each corner is the one nearest to that on the grid of its own mpp, so that centres differ by at most half a
         grid step (one pixel of a tile that passes through). Tiles may reach over the slide's edge, where
         they are white; their `tissue` counts what lies beyond as none, and no least share is asked of them. Raises
@@ -247,6 +255,10 @@ class TileStream:
             x, y = (plan.grid * round((at - side / 2) / plan.grid) for at in middle)
             tissue = tissue_share(self._sampler.slides, int(self._sampler([i]).slide[0]), x, y, side)
             names.append(TileName(name.slide_id, x, y, plan.mpp, tissue, plan.resampled, name.i))
+        return names
+
+    def tiles(self, names: Sequence[TileName]) -> list[Tile]:
+        """The tiles of these names, each compressed tile decoded once per scale."""
         images = read([self._job(name) for name in names], self.threads)
         return [Tile(image, *name) for image, name in zip(images, names, strict=True)]
 

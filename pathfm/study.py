@@ -22,6 +22,7 @@ from pathfm.errors import InputError, nearest
 from pathfm.index import SlideIndex
 from pathfm.offline import OfflineTiles
 from pathfm.options import DRAWS, Sampling
+from pathfm.places import Places
 from pathfm.pretrain import Run, pretrain
 from pathfm.procedural import DeadLeaves
 from pathfm.runs import code_hash, read_results, results_dir
@@ -70,7 +71,7 @@ def of_role(slides: SlideIndex, role: str) -> SlideIndex | None:
 
 def stream(
     slides: SlideIndex, config: PretrainConfig, common: str = "", sampling: Sampling | None = None
-) -> TileStream:
+) -> TileStream | Places:
     """The tiles of a pretraining run: from slides whose role is pretrain, at every mpp of `config` that one can serve.
 
     common    keeps only slides that serve each of these mpp, such as "0.5,1,2", whether this run draws them or not:
@@ -92,9 +93,10 @@ def stream(
 
 
 def _served(slides: SlideIndex, sampling: Sampling) -> scales.Values | scales.Continuous:
-    """The law of mpp, without the values that no slide serves, which are said; with common_mpp all are asked for."""
+    """The law of mpp, without the values that no slide serves, which are said; with common_mpp or
+    same_place all are asked for."""
     law = sampling.law
-    if isinstance(law, scales.Continuous) or sampling.common_mpp:
+    if isinstance(law, scales.Continuous) or sampling.common_mpp or sampling.same_place:
         return law
     left = servable(slides, sampling)
     for missing in sorted(set(law.mpp) - set(left)):

@@ -78,6 +78,7 @@ def test_a_run_does_not_go_on_with_tiles_drawn_in_another_way(option, message, r
         (["--context-px=30"], "context_px=30 must be tile_px=36 plus an even number"),
         (["--position-weights=nowhere"], "nowhere"),
         (["--mpp=1,400", "--common-mpp=true"], "no slide serves a tile of 36 px"),
+        (["--same-place=true"], "same_place has each place at every mpp; mpp=1 is no list"),
         (["--tiles=here", "--balance=patient"], "balance draws tiles, and those in tiles are there; leave balance out"),
         (["--tiles=here", "--resample=always"], "resample draws tiles, and those in tiles are there"),
     ],
@@ -93,6 +94,24 @@ def test_a_mixture_has_its_weights_but_for_what_no_slide_serves(table, tmp_path,
     assert "No slide serves 400 mpp" in capsys.readouterr().out
     run = Run(tmp_path)
     assert run.params["stream"]["options"]["mpp"] == "1:0.25, 2:0.75" and run.config.mpp == (1.0, 2.0, 400.0)
+
+
+def test_a_run_on_places_at_several_mpp_and_their_offline_twin(table, tmp_path, capsys):
+    same = ["--tile-px=36", "--mpp=1,2", "--same-place=true", "--balance=patient"]
+    given = ["pretrain", table, str(tmp_path / "run"), *GIVEN]
+    assert main([*given, *same]) == 0
+    run = Run(tmp_path / "run")
+    assert run.params["stream"]["stream"] == "Places" and run.params["stream"]["options"]["same_place"] is True
+    scales = [float(mpp) for *_, mpp in run.params["stream"]["first_tiles"]]
+    assert scales == pytest.approx([1, 2] * 4, rel=0.01)
+    assert "same_place=True" in (run.teacher / "README.md").read_text()
+    capsys.readouterr()
+    assert main([*given, "--tile-px=36", "--mpp=1,2", "--balance=patient", "--common-mpp=true"]) == 2
+    assert "its same_place was True, now it is False" in capsys.readouterr().err
+    assert main(["tiles", table, str(tmp_path / "tiles"), "--n=8", *same]) == 0
+    written = OfflineTiles(tmp_path / "tiles")
+    first = [[tile.slide_id, tile.x, tile.y, f"{tile.mpp:.6g}"] for tile in map(written.name, range(8))]
+    assert written.order == "written" and run.params["stream"]["first_tiles"] == first
 
 
 def test_a_grid_has_all_tiles_and_draws_none(table, tmp_path, capsys):
