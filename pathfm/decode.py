@@ -113,12 +113,12 @@ def _inflated(data: bytes, size: int) -> bytes:
 
 def _jpeg(data: bytes, how: Recipe, scale: int, box: tuple[int, int, int, int]) -> np.ndarray:
     stream = whole_jpeg(data, how)
+    if turbojpeg.LIBRARY is None:
+        return _simply(stream, how, scale)[box[1] : box[3], box[0] : box[2]]
     try:
-        if turbojpeg.LIBRARY:
-            return turbojpeg.decode(stream, (how.width, how.height), scale, box)
-        return _simply(stream, how, scale, box)
+        return turbojpeg.decode(stream, (how.width, how.height), scale, box)
     except ValueError as error:
-        raise Damaged(f"is no whole JPEG of {how.width} x {how.height} px ({error})") from None
+        raise Damaged(str(error)) from None
 
 
 def whole_jpeg(data: bytes, how: Recipe) -> bytes:
@@ -136,14 +136,17 @@ def in_place(how: Recipe) -> bool:
     return turbojpeg.LIBRARY is not None and how.codec == JPEG
 
 
-def _simply(stream: bytes, how: Recipe, scale: int, box: tuple[int, int, int, int]) -> np.ndarray:
-    """The whole image decoded, where no libjpeg-turbo 3 is found."""
+def _simply(stream: bytes, how: Recipe, scale: int) -> np.ndarray:
+    """A whole image, where there is no libjpeg-turbo 3."""
     width, height = how.width // scale, how.height // scale
-    pixels = simplejpeg.decode_jpeg(stream, "RGB", False, False, height, width, 1)
+    try:
+        pixels = simplejpeg.decode_jpeg(stream, "RGB", False, False, height, width, 1)
+    except ValueError as error:
+        raise Damaged(f"is no whole JPEG ({error})") from None
     if pixels.shape != (height, width, 3):
         found = tuple(scale * side for side in pixels.shape[1::-1])
-        raise ValueError(f"of {found[0]} x {found[1]} px")
-    return pixels[box[1] : box[3], box[0] : box[2]]
+        raise Damaged(f"is a JPEG of {found[0]} x {found[1]} px and not {how.width} x {how.height}")
+    return pixels
 
 
 def tables_only(tables: bytes) -> bytes:

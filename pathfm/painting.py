@@ -6,12 +6,10 @@ Threads that meet at that lock for every tile wait longer for each other than th
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
-from pathfm import turbojpeg
 from pathfm.resample import resample
+from pathfm.turbojpeg import WHOLE, part, pointer
 
 WHITE = 255  # what is beyond the slide, and where it has no compressed tile
 
@@ -56,33 +54,22 @@ PIECE = np.dtype(
 )
 
 
-@intrinsic
-def _pointer(context, address):
-    """The uint8 that lie at an address."""
-    kind = types.CPointer(types.uint8)
-
-    def generate(context, builder, signature, values):
-        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-
-    return kind(types.int64), generate
-
-
 @njit(cache=True, nogil=True)
-def paint(calls, decoder, streams, pieces, images, tile, scratch):
+def paint(calls, streams, pieces, images, tile, scratch):
     """Fill images; the number of the first piece whose JPEG is damaged, or -1.
 
-    calls, decoder   turbojpeg.ADDRESSES, and handle() of the thread
+    calls            turbojpeg.ADDRESSES
     streams          (bytes,) uint8, whole JPEGs one after the other
     pieces, images   (P,) PIECE and (n,) IMAGE
     tile, scratch    uint8, room for a decoded tile and for the largest canvas that is resampled
     """
     for n in range(len(images)):
         image = images[n]
-        out = carray(_pointer(image.out), (image.out_height, image.out_width, 3))
+        out = carray(pointer(image.out), (image.out_height, image.out_width, 3))
         canvas = out
         if image.resampled:
             canvas = scratch[: image.height * image.width * 3].reshape(image.height, image.width, 3)
-        damaged = _paste(calls, decoder, streams, pieces, image, tile, canvas)
+        damaged = _paste(calls, streams, pieces, image, tile, canvas)
         if damaged >= 0:
             return damaged
         if image.scale > 1:
@@ -93,7 +80,7 @@ def paint(calls, decoder, streams, pieces, images, tile, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _paste(calls, decoder, streams, pieces, image, tile, canvas):
+def _paste(calls, streams, pieces, image, tile, canvas):
     """Bring an image's pieces onto the canvas, white beyond them; the number of a damaged one, or -1."""
     covered = 0
     for k in range(image.first, image.last):
@@ -105,12 +92,12 @@ def _paste(calls, decoder, streams, pieces, image, tile, canvas):
         x, y, columns, rows = piece.from_x, piece.from_y, piece.columns, piece.rows
         pixels = tile
         if piece.pixels:
-            pixels = carray(_pointer(piece.pixels), (rows * columns * 3,))
+            pixels = carray(pointer(piece.pixels), (rows * columns * 3,))
         else:
             stream = streams[piece.start : piece.start + piece.length]
             size, box = (image.tile_width, image.tile_height), (piece.left, piece.top, piece.right, piece.bottom)
-            status, x, y, columns, rows = turbojpeg.part(calls, decoder, stream, *size, image.scale, *box, tile)
-            if status != turbojpeg.WHOLE:
+            status, x, y, columns, rows = part(calls, stream, *size, image.scale, *box, tile)
+            if status != WHOLE:
                 return k
         width = 3 * (piece.right - piece.left)
         for row in range(piece.top, piece.bottom):

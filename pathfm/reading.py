@@ -104,11 +104,11 @@ def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
 def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
     """What `read` returns, of jobs that were begun."""
     batch, data = begun
-    ready = _decoded_ahead(batch, data, threads)
+    ready = decoded_ahead(batch, data, threads)
 
     def paint(numbers: range) -> list[np.ndarray]:
         mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
-        found = dict(zip(mapped, _painted(batch, mapped, data, ready), strict=True))
+        found = dict(zip(mapped, painted(batch, mapped, data, ready), strict=True))
         return [found[k] if k in found else _peers(batch.jobs[k], batch.frames[k]) for k in numbers]
 
     return _runs(paint, range(len(batch.jobs)), threads)
@@ -193,7 +193,7 @@ class Ready(NamedTuple):
     y: int
 
 
-def _decoded_ahead(batch: Batch, data, threads: int) -> dict[tuple, Ready]:
+def decoded_ahead(batch: Batch, data, threads: int) -> dict[tuple, Ready]:
     """By _key: the compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place.
 
     Of each the smallest box that holds what any of the jobs has of it.
@@ -230,7 +230,7 @@ def _decoded(pieces: Sequence[Piece], slides: Sequence, data) -> Ready:
     return Ready(np.ascontiguousarray(pixels), *box[:2])
 
 
-def _painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Ready]) -> list[np.ndarray]:
+def painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Ready]) -> list[np.ndarray]:
     """The pixels of these jobs, whose compressed tiles are known."""
     found, images, pieces, owners, streams, length, canvas, tile = [], [], [], [], [], 0, 0, 0
     for k in numbers:
@@ -256,7 +256,6 @@ def _painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Read
     scratch = _SCRATCH
     damaged = painting.paint(
         turbojpeg.ADDRESSES,
-        turbojpeg.handle(),
         np.frombuffer(b"".join(streams), np.uint8),
         np.array(pieces, painting.PIECE),
         np.array(images, painting.IMAGE),
