@@ -10,11 +10,11 @@ rates     One synthetic SVS (JPEG 75, 4:2:0, levels 1-4-16), made once in the ca
           of 256 px, in turn, `repeats` times; medians, CPU time. "grid": corners on whole pixels of what is read, as a
           TileStream draws them; "any": on any level-0 pixel, where most loops draw. The floor is the CPU time of
           decoding each compressed tile that the batch touches once, plus one resampling of a tile where it is
-          resampled, and nothing else; "of floor" is the floor's time over a contender's. pathfm decodes a compressed
-          tile only as far down as it is needed, which may take less than this floor; "of floor, parts" is over a
-          floor that does the same. "differs" is the mean
-          absolute difference from the OpenSlide loop, in grey levels: large where a peer returns another mpp than
-          asked, which "mpp" shows. wsistream and its like return the nearest level.
+          resampled, and nothing else; "of floor" is the floor's time over a contender's. pathfm decodes of a
+          compressed tile only the part that is needed, which takes less than this floor; "of floor, parts" is over a
+          floor that does the same. "differs" is the mean absolute difference from the OpenSlide loop, in grey levels:
+          large where a peer returns another mpp than asked, which "mpp" shows. wsistream and its like return the
+          nearest level.
           OpenSlide, tiffslide and cuCIM keep the slide open; "reopened" opens it for each tile, as a loop over more
           slides than it can hold must. "filtered" is pathfm with resample="always".
 mixing    What a batch of 64 looks like: slides in it, the share of its area that is seen more than once, and after how
@@ -62,8 +62,8 @@ import many_slides  # noqa: E402
 from indexing import indexing  # noqa: E402
 from patch_batches import mixing, views  # noqa: E402
 
-from pathfm import Slide, reading  # noqa: E402
-from pathfm.decode import shortened  # noqa: E402
+from pathfm import Slide, reading, turbojpeg  # noqa: E402
+from pathfm.decode import whole_jpeg  # noqa: E402
 from pathfm.reading import Job  # noqa: E402
 from pathfm.runs import stamp  # noqa: E402
 from pathfm.storage import atomic, atomic_path, cache_dir  # noqa: E402
@@ -210,34 +210,44 @@ def contenders(path: Path, slide: Slide) -> tuple[list[Contender], list[str]]:
 class Floor(NamedTuple):
     """CPU seconds that a batch takes at least: what it touches decoded once, and resampled where it is."""
 
-    whole: float  # every compressed tile from top to bottom
-    parts: float  # each only as far down as it is needed
+    whole: float  # every compressed tile from corner to corner
+    parts: float  # of each only the box that is needed
     resample: float
     touched: int  # compressed tiles
-    share: float  # of their rows that are needed
+    share: float  # of their area that is needed
 
 
 def floor(slide: Slide, wanted: list[Job]) -> Floor:
     batch = reading.planned(wanted)
-    data, rows, scales = reading.fetched(batch)[slide.path](), {}, {}
+    data, boxes, scales = reading.fetched(batch)[slide.path](), {}, {}
     for piece in (piece for own in batch.pieces for piece in own):
         key = piece.level, piece.tile
-        rows[key], scales[key] = max(piece.rows, rows.get(key, 0)), piece.scale
-    hows = {level: slide.recipe(level) for level, _ in rows}
-    parts = [(*shortened(data[key], hows[key[0]], scales[key], rows[key]), scales[key]) for key in rows]
-    whole = [(data[key], PX, scales[key]) for key in rows]
+        boxes[key], scales[key] = union(piece.box, boxes.get(key, piece.box)), piece.scale
+    streams = [(whole_jpeg(data[key], slide.recipe(key[0])), scales[key], boxes[key]) for key in boxes]
     filtered = [framed for framed in batch.frames if framed.resampled]  # on the grid by chance: not
-    reached = sum(height for _, height, _ in parts) / PX / len(parts)
-    return Floor(decoding(whole), decoding(parts), resampling(filtered), len(rows), reached)
+    share = np.mean([(x1 - x0) * (y1 - y0) * scale**2 / PX**2 for _, scale, (x0, y0, x1, y1) in streams])
+    whole, parts = decoding(streams, simply), decoding(streams, partly if turbojpeg.LIBRARY else simply)
+    return Floor(whole, parts, resampling(filtered), len(boxes), share)
 
 
-def decoding(streams: list[tuple[bytes, int, int]]) -> float:
-    """CPU seconds of (JPEG, height, scale) each by the decoder alone."""
+def union(a: tuple, b: tuple) -> tuple[int, int, int, int]:
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
+def simply(stream: bytes, scale: int, box: tuple, buffer: np.ndarray) -> None:
+    simplejpeg.decode_jpeg(stream, "RGB", False, False, PX // scale, PX // scale, 1, buffer)
+
+
+def partly(stream: bytes, scale: int, box: tuple, buffer: np.ndarray) -> None:
+    turbojpeg.decode(stream, (PX, PX), scale, box, buffer)
+
+
+def decoding(streams: list[tuple[bytes, int, tuple]], decoder: Callable) -> float:
+    """CPU seconds of (JPEG, scale, box) each by the decoder alone."""
     buffer = np.empty(PX * PX * 3, np.uint8)
     began = time.process_time()
-    for stream, height, scale in streams:
-        with contextlib.suppress(ValueError):  # of bytes left over
-            simplejpeg.decode_jpeg(stream, "RGB", False, False, height // scale, PX // scale, 1, buffer)
+    for stream, scale, box in streams:
+        decoder(stream, scale, box, buffer)
     return time.process_time() - began
 
 
@@ -398,7 +408,7 @@ def floors(table: pd.DataFrame) -> pd.DataFrame:
     own = table[table["contender"] == "pathfm"]
     told = own[["positions", "asked", "whole", "parts", "resample", "touched", "share", "cores"]].round(3)
     named = {"whole": "decoding, ms/tile", "parts": "decoding parts, ms/tile", "resample": "resampling, ms/tile"}
-    return told.rename(columns=named | {"touched": "compressed tiles/tile", "share": "share of their rows"})
+    return told.rename(columns=named | {"touched": "compressed tiles/tile", "share": "share of their area"})
 
 
 if __name__ == "__main__":

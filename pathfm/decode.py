@@ -1,6 +1,6 @@
-"""One compressed tile to pixels: JPEG at a fraction of its size and only as far down as is needed, JPEG 2000, LZW, ...
+"""One compressed tile to pixels: JPEG at a fraction of its size and no more of it than is needed, JPEG 2000, LZW, ...
 
-What lies below the rows asked for is not decoded: a flipped bit or a stray marker there is not named, nor does it
+What lies below the box asked for is not decoded: a flipped bit or a stray marker there is not named, nor does it
 change what is returned. A stream that is cut short is named all the same, and the index's CRC-32 names any damage.
 """
 
@@ -16,6 +16,8 @@ import numpy as np
 import simplejpeg
 from numba import njit
 
+from pathfm import turbojpeg
+
 CODECS = ("jpeg", "jpeg2000", "lzw", "deflate", "uncompressed")
 COLOURS = ("RGB", "YCbCr")
 MARKERS = ("none", "JFIF", "Adobe")
@@ -25,10 +27,6 @@ JPEG, JPEG2000, LZW, DEFLATE, UNCOMPRESSED = range(len(CODECS))
 _JFIF = b"\xff\xe0"
 _SAY_COLOUR = (_JFIF, b"\xff\xee")
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame, all processes
-_BASELINE = b"\xff\xc0\x00\x11\x08"  # start of a baseline frame of three components, before its height and width
-_SCAN = b"\xff\xda"  # start of the pixels
-_RESTARTS = b"\xff\xdd\x00\x04"  # markers among the pixels: what a decoder says of bytes left over is then ambiguous
-_LEFT_OVER = "extraneous bytes before marker 0xd9"  # the end of the stream: all that a decoder finds fault with
 
 
 class Damaged(ValueError):
@@ -68,23 +66,26 @@ def _head(colour: int, tables: bytes) -> bytes:
     return b"\xff\xd8" + _adobe(colour) + tables_only(tables)
 
 
-def decode(
-    data: bytes, how: Recipe, scale: int = 1, buffer: np.ndarray | None = None, rows: int | None = None
-) -> np.ndarray:
-    """A compressed tile's pixels: (rows, width / scale, 3) uint8, RGB.
+def decode(data: bytes, how: Recipe, scale: int = 1, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """A compressed tile's pixels: (bottom - top, right - left, 3) uint8, RGB.
 
     scale    one of SCALES; only JPEG decodes at another than 1
-    buffer   (at least height * width * 3 / scale^2,) uint8, written and returned as an image where the codec allows
-    rows     from the top, that are needed, at most height / scale; None: all
+    box      (left, top, right, bottom) of what is needed, pixels of the tile at 1/scale; None: all
 
     A JPEG gives what OpenSlide gives, bit for bit: accurate cosines, smooth chroma. Raises Damaged where the data
     are cut short, not what the codec expects, or not of the declared size.
     """
+    left, top, right, bottom = box or (0, 0, how.width // scale, how.height // scale)
     if how.codec == JPEG:
-        return _jpeg(data, how, scale, buffer, how.height // scale if rows is None else rows)
+        return _jpeg(data, how, scale, (left, top, right, bottom))
+    return _whole(data, how)[top:bottom, left:right]
+
+
+def _whole(data: bytes, how: Recipe) -> np.ndarray:
+    """A compressed tile's pixels where the codec is not JPEG."""
     try:
         if how.codec == JPEG2000:
-            return _jpeg2000(data, how)[:rows]
+            return _jpeg2000(data, how)
         if how.codec == LZW:
             data = imagecodecs.lzw_decode(data, out=how.width * how.height * 3)
         elif how.codec == DEFLATE:
@@ -95,7 +96,7 @@ def decode(
         raise Damaged(f"is no {CODECS[how.codec]} data ({error})") from None
     if len(data) != how.width * how.height * 3:
         raise Damaged(f"holds {len(data)} bytes of pixels and not {how.width} x {how.height} x 3")
-    pixels = np.frombuffer(data, np.uint8).reshape(how.height, how.width, 3)[:rows]
+    pixels = np.frombuffer(data, np.uint8).reshape(how.height, how.width, 3)
     return np.cumsum(pixels, axis=1, dtype=np.uint8) if how.predictor == 2 else pixels
 
 
@@ -110,62 +111,42 @@ def _inflated(data: bytes, size: int) -> bytes:
     return found
 
 
-def _jpeg(data: bytes, how: Recipe, scale: int, buffer: np.ndarray | None, rows: int) -> np.ndarray:
-    if not (how.as_it_is and data[2:4] == _JFIF):
-        at = 2
-        while data[at : at + 2] in _SAY_COLOUR:  # the TIFF's own tag decides, as it does for OpenSlide
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        data = how.head + data[at:]
-    width, height = how.width // scale, how.height // scale
-    if buffer is None:
-        buffer = np.empty(height * width * 3, np.uint8)
-    lower, reach = shortened(data, how, scale, rows)
-    if reach < how.height and _decodes(lower, reach // scale, width, buffer):
-        return buffer[: rows * width * 3].reshape(rows, width, 3)
+def _jpeg(data: bytes, how: Recipe, scale: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    stream = whole_jpeg(data, how)
+    if turbojpeg.LIBRARY is None:
+        return _simply(stream, how, scale)[box[1] : box[3], box[0] : box[2]]
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, 1, buffer)
+        return turbojpeg.decode(stream, (how.width, how.height), scale, box)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+
+
+def whole_jpeg(data: bytes, how: Recipe) -> bytes:
+    """The stream of a compressed tile with its tables, and a marker that says its colours."""
+    if how.as_it_is and data[2:4] == _JFIF:
+        return data
+    at = 2
+    while data[at : at + 2] in _SAY_COLOUR:  # the TIFF's own tag decides, as it does for OpenSlide
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return how.head + data[at:]
+
+
+def in_place(how: Recipe) -> bool:
+    """Whether `painting.paint` decodes it."""
+    return turbojpeg.LIBRARY is not None and how.codec == JPEG
+
+
+def _simply(stream: bytes, how: Recipe, scale: int) -> np.ndarray:
+    """A whole image, where there is no libjpeg-turbo 3."""
+    width, height = how.width // scale, how.height // scale
+    try:
+        pixels = simplejpeg.decode_jpeg(stream, "RGB", False, False, height, width, 1)
     except ValueError as error:
         raise Damaged(f"is no whole JPEG ({error})") from None
     if pixels.shape != (height, width, 3):
         found = tuple(scale * side for side in pixels.shape[1::-1])
         raise Damaged(f"is a JPEG of {found[0]} x {found[1]} px and not {how.width} x {how.height}")
-    return pixels[:rows]
-
-
-def shortened(data: bytes, how: Recipe, scale: int, rows: int) -> tuple[bytes, int]:
-    """(a JPEG stream that says it is lower, that height): decoded at 1/scale its upper `rows` rows are the same.
-
-    The stream itself and how.height where all of it is needed, or where it restarts or is not baseline, so that
-    what the decoder says at its end would tell nothing.
-    """
-    as_it_is = data, how.height
-    if rows * scale >= how.height:
-        return as_it_is
-    frame = data.find(_BASELINE + how.height.to_bytes(2, "big") + how.width.to_bytes(2, "big"))
-    scan = data.find(_SCAN, frame)
-    if not 0 < frame <= scan - 19 or data.find(_RESTARTS, 0, scan) >= 0:
-        return as_it_is
-    blocks = max(sampling & 15 for sampling in data[frame + 11 : frame + 19 : 3])  # on top of each other, in a unit
-    if blocks not in (1, 2, 4):
-        return as_it_is
-    below = blocks > 1  # the smooth chroma of a row looks at the next one
-    reach = -(-(rows + below) * scale // (8 * blocks)) * 8 * blocks
-    if reach >= how.height:
-        return as_it_is
-    return data[: frame + 5] + reach.to_bytes(2, "big") + data[frame + 7 :], reach
-
-
-def _decodes(lower: bytes, height: int, width: int, buffer: np.ndarray) -> bool:
-    """Fill `buffer` from a shortened stream; whether that can be trusted.
-
-    The decoder complains of the bytes left over, and must have complained of nothing before: libjpeg tells the first
-    of its complaints.
-    """
-    try:
-        simplejpeg.decode_jpeg(lower, "RGB", False, False, height, width, 1, buffer)
-    except ValueError as error:
-        return str(error).endswith(_LEFT_OVER)
-    return False
+    return pixels
 
 
 def tables_only(tables: bytes) -> bytes:

@@ -11,13 +11,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pathfm import stores
-from pathfm.decode import Damaged, decode
+from pathfm import painting, stores, turbojpeg
+from pathfm.decode import Damaged, decode, in_place, whole_jpeg
 from pathfm.errors import InputError
 from pathfm.resample import extent, resample
 from pathfm.source import arriving
@@ -25,7 +24,6 @@ from pathfm.tilemap import Piece, Wanted, cover
 
 FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
 SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
-WHITE = 255  # what is beyond the slide, and where it has no compressed tile
 
 
 class ReadPlan(NamedTuple):
@@ -106,12 +104,14 @@ def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
 def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
     """What `read` returns, of jobs that were begun."""
     batch, data = begun
-    jobs, shared = batch.jobs, _decoded_ahead(batch, data, threads)
+    ready = decoded_ahead(batch, data, threads)
 
-    def paint(k: int) -> np.ndarray:
-        return _paint(jobs[k], batch.frames[k], batch.pieces[k], data.get(jobs[k].slide.path), shared)
+    def paint(numbers: range) -> list[np.ndarray]:
+        mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
+        found = dict(zip(mapped, painted(batch, mapped, data, ready), strict=True))
+        return [found[k] if k in found else _peers(batch.jobs[k], batch.frames[k]) for k in numbers]
 
-    return _each(paint, range(len(jobs)), threads)
+    return _runs(paint, range(len(batch.jobs)), threads)
 
 
 def planned(jobs: Sequence[Job]) -> Batch:
@@ -152,7 +152,7 @@ def fetched(batch: Batch, threads: int = 1) -> dict[str, Callable[[], dict[tuple
     if any(stores.is_address(path) for path in paths):
         _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals(paths), paths, slides, wanted, parts)
     else:
-        _each(bring, range(min(threads, len(paths))), threads)
+        _runs(lambda numbers: [bring(k) for k in numbers], range(min(threads, len(paths))), threads)
     return {path: future.result for path, future in parts.items()}
 
 
@@ -181,80 +181,102 @@ def _check(slide, parts: dict[tuple[int, int], bytes]) -> None:
             )
 
 
-def _decoded_ahead(batch: Batch, data, threads: int) -> dict[tuple, np.ndarray]:
-    """Pixels of the compressed tiles that several jobs need, by (path, level, tile, scale): the rows that any needs."""
-    users: dict[tuple, list[tuple]] = {}
+def _key(slide, piece: Piece) -> tuple:
+    return slide.path, piece.level, piece.tile, piece.scale
+
+
+class Ready(NamedTuple):
+    """Part of a compressed tile, decoded."""
+
+    pixels: np.ndarray  # (rows, columns, 3) uint8, contiguous
+    x: int  # where it begins in the tile
+    y: int
+
+
+def decoded_ahead(batch: Batch, data, threads: int) -> dict[tuple, Ready]:
+    """By _key: the compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place.
+
+    Of each the smallest box that holds what any of the jobs has of it.
+    """
+    users: dict[tuple, list[tuple[Piece, Any]]] = {}
     for job, own in zip(batch.jobs, batch.pieces, strict=True):
         for piece in own:
-            key = job.slide.path, piece.level, piece.tile, piece.scale
-            users.setdefault(key, []).append((piece.rows, piece, job.slide))
-    several = [key for key, members in users.items() if len(members) > 1]
+            users.setdefault(_key(job.slide, piece), []).append((piece, job.slide))
+    ahead = [
+        members
+        for members in users.values()
+        if len(members) > 1 or not in_place(members[0][1].recipe(members[0][0].level))
+    ]
 
-    def pixels(k: int) -> np.ndarray:
-        _, piece, slide = max(users[several[k]], key=itemgetter(0))
-        return _decode(slide, piece, data[slide.path](), None)
+    def decoded(numbers: range) -> list[Ready]:
+        return [_decoded(*zip(*ahead[k], strict=True), data) for k in numbers]
 
-    return dict(zip(several, _each(pixels, range(len(several)), threads), strict=True))
+    keys = (_key(members[0][1], members[0][0]) for members in ahead)
+    return dict(zip(keys, _runs(decoded, range(len(ahead)), threads), strict=True))
 
 
-def _decode(slide, piece: Piece, parts: dict, buffer: np.ndarray | None) -> np.ndarray:
+def _decoded(pieces: Sequence[Piece], slides: Sequence, data) -> Ready:
+    """A compressed tile that pieces name, as far as any of them needs it."""
+    lefts, tops, rights, bottoms = zip(*(piece.box for piece in pieces), strict=True)
+    box, piece, slide = (min(lefts), min(tops), max(rights), max(bottoms)), pieces[0], slides[0]
+    stream = data[slide.path]()[piece.level, piece.tile]
     try:
-        return decode(parts[piece.level, piece.tile], slide.recipe(piece.level), piece.scale, buffer, piece.rows)
+        pixels = decode(stream, slide.recipe(piece.level), piece.scale, box)
     except Damaged as why:
         raise InputError(
             f"{slide.path} is damaged: compressed tile {piece.tile} of level {piece.level - slide.first_level} (bytes "
             f"{piece.start} to {piece.start + piece.length}) {why}; fetch the file again"
         ) from None
+    return Ready(np.ascontiguousarray(pixels), *box[:2])
 
 
-def _paint(job: Job, framed: Frame, pieces: list[Piece], fetched, shared: dict) -> np.ndarray:
-    """One job's pixels."""
-    slide, (rectangle, resampled) = job.slide, framed
-    if slide.tiles is None:
-        canvas, shift = slide.peer.window(rectangle)
-        if resampled is None:
-            return canvas
-        left, top, step = resampled
-        return resample(canvas, left + shift[0], top + shift[1], step, _image(job.height, job.width))
+def painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Ready]) -> list[np.ndarray]:
+    """The pixels of these jobs, whose compressed tiles are known."""
+    found, images, pieces, owners, streams, length, canvas, tile = [], [], [], [], [], 0, 0, 0
+    for k in numbers:
+        (slide, _, _, _, width, height), (rectangle, resampled) = batch.jobs[k], batch.frames[k]
+        how, own = slide.recipe(slide.first_level + rectangle.level), batch.pieces[k]
+        parts = data[slide.path]() if own else {}
+        found.append(_image(height, width))
+        place = (len(pieces), len(pieces) + len(own), found[-1].ctypes.data, width, height, *rectangle[2:])
+        sizes = rectangle.scale, how.level_width, how.level_height, how.width, how.height
+        images.append((*place, *sizes, resampled is not None, *(resampled or (0.0, 0.0, 1.0))))
+        canvas, tile = max(canvas, 3 * rectangle.width * rectangle.height), max(tile, 3 * how.width * how.height)
+        for piece in own:
+            owners.append((piece, slide))
+            here = ready.get(_key(slide, piece))
+            if here is None:
+                streams.append(whole_jpeg(parts[piece.level, piece.tile], how))
+                pieces.append((length, len(streams[-1]), 0, 0, 0, 0, 0, piece.x, piece.y, *piece.box))
+                length += len(streams[-1])
+            else:
+                rows, columns = here.pixels.shape[:2]
+                at = here.pixels.ctypes.data, columns, rows, here.x, here.y
+                pieces.append((0, 0, *at, piece.x, piece.y, *piece.box))
     scratch = _SCRATCH
-    if resampled is None:
-        canvas = _image(rectangle.height, rectangle.width)
-    else:
-        canvas = scratch.canvas(rectangle.height, rectangle.width)
-    _paste(canvas, slide, rectangle, pieces, fetched, shared, scratch)
+    damaged = painting.paint(
+        turbojpeg.ADDRESSES,
+        np.frombuffer(b"".join(streams), np.uint8),
+        np.array(pieces, painting.PIECE),
+        np.array(images, painting.IMAGE),
+        scratch.tile(tile),
+        scratch.canvas(canvas),
+    )
+    if damaged >= 0:
+        piece, slide = owners[damaged]
+        _decoded([piece], [slide], data)  # says why
+        raise InputError(f"{slide.path} is damaged: compressed tile {piece.tile}; fetch the file again")
+    return found
+
+
+def _peers(job: Job, framed: Frame) -> np.ndarray:
+    """The pixels of a job that OpenSlide reads."""
+    rectangle, resampled = framed
+    canvas, shift = job.slide.peer.window(rectangle)
     if resampled is None:
         return canvas
-    return resample(canvas, *resampled, _image(job.height, job.width))
-
-
-def _paste(canvas, slide, rectangle: Wanted, pieces: list[Piece], fetched, shared: dict, scratch: _Scratch) -> None:
-    """Decode compressed tiles onto the canvas, which shows `rectangle` of a level."""
-    scale, how = rectangle.scale, slide.recipe(slide.first_level + rectangle.level)
-    right = min(rectangle.width, -(-how.level_width // scale) - rectangle.left)
-    width, height = how.width // scale, how.height // scale
-    places = [(max(p.x, 0), max(p.y, 0), min(p.x + width, right), p.y + p.rows) for p in pieces]
-    if sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in places) < rectangle.width * rectangle.height:
-        canvas.fill(WHITE)
-    parts, buffer = fetched() if fetched else {}, scratch.tile(3 * width * height)
-    for piece, (x0, y0, x1, y1) in zip(pieces, places, strict=True):
-        pixels = shared.get((slide.path, piece.level, piece.tile, scale)) if shared else None
-        if pixels is None:
-            pixels = _decode(slide, piece, parts, buffer)
-        canvas[y0:y1, x0:x1] = pixels[y0 - piece.y : y1 - piece.y, x0 - piece.x : x1 - piece.x]
-    if scale > 1:
-        _fade(canvas.swapaxes(0, 1), scale, how.level_width, rectangle.left)
-        _fade(canvas, scale, how.level_height, rectangle.top)
-
-
-def _fade(lines: np.ndarray, scale: int, length: int, start: int) -> None:
-    """Let the level's last column or row be white by the share of it that lies beyond the level.
-
-    lines   the canvas, its first axis across the level, from decoded pixel `start` on
-    length  of the level, before it is scaled
-    """
-    last, share = length // scale - start, length % scale / scale
-    if share and 0 <= last < len(lines):
-        lines[last] = np.round(WHITE + share * (lines[last].astype(np.float32) - WHITE))
+    left, top, step = resampled
+    return resample(canvas, left + shift[0], top + shift[1], step, _image(job.height, job.width))
 
 
 _SPARE: list[np.ndarray] = []
@@ -297,28 +319,25 @@ class _Scratch(threading.local):
             self._tile = np.empty(size, np.uint8)
         return self._tile
 
-    def canvas(self, height: int, width: int) -> np.ndarray:
-        size = 3 * height * width
+    def canvas(self, size: int) -> np.ndarray:
         if self._canvas.size < size:
             self._canvas = np.empty(size, np.uint8)
-        return self._canvas[:size].reshape(height, width, 3)
+        return self._canvas
 
 
 _SCRATCH = _Scratch()
 
 
-def _each(function: Callable[[int], Any], numbers: range, threads: int) -> list:
-    """function of each number, in order.
+def _runs(function: Callable[[range], list], numbers: range, threads: int) -> list:
+    """function of runs of numbers, which gives one result a number, in order.
 
-    Threads take turns at runs of numbers: long enough that they seldom meet, so short that none waits long for
-    the last.
+    Threads take turns at runs: long enough that they seldom meet, so short that none waits long for the last.
     """
     if threads <= 1 or len(numbers) <= 1:
-        return [function(k) for k in numbers]
+        return function(numbers)
     run = max(1, len(numbers) // (8 * threads))
     runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
-    found = _pool(os.getpid(), "decode", threads).map(lambda members: [function(k) for k in members], runs)
-    return [result for results in found for result in results]
+    return [result for results in _pool(os.getpid(), "decode", threads).map(function, runs) for result in results]
 
 
 @lru_cache(maxsize=8)

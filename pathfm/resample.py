@@ -19,6 +19,7 @@ def extent(start: float, step: float, number: int) -> tuple[int, int]:
     return math.floor(first - 0.5) + 1, math.ceil(last - 0.5)
 
 
+@njit(cache=True, nogil=True)
 def resample(source: np.ndarray, left: float, top: float, step: float, out: np.ndarray) -> np.ndarray:
     """Fill out (h, w, 3) uint8 from source (H, W, 3) uint8 at `step` source pixels per output pixel, and return it.
 
@@ -29,9 +30,12 @@ def resample(source: np.ndarray, left: float, top: float, step: float, out: np.n
     where that is over 1, its weights summing to 1; in float32, rounded once. Beyond the source the filter is cut off
     and its weights scaled up: `extent` says what a source must hold so that this does not happen.
     """
-    across = _weights(left, step, out.shape[1], source.shape[1])
-    down = _weights(top, step, out.shape[0], source.shape[0])
-    (_shift if _alike(*across) else _apply)(source, *across, *down, out)
+    first_x, weights_x = _weights(left, step, out.shape[1], source.shape[1])
+    first_y, weights_y = _weights(top, step, out.shape[0], source.shape[0])
+    if _alike(first_x, weights_x):
+        _shift(source, first_x, weights_x, first_y, weights_y, out)
+    else:
+        _apply(source, first_x, weights_x, first_y, weights_y, out)
     return out
 
 

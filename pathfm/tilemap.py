@@ -267,12 +267,19 @@ class Piece(NamedTuple):
     length: int
     x: int  # of its corner in the rectangle, decoded pixels
     y: int
-    rows: int  # from its top to the last one that the rectangle has of the level
+    left: int  # what the rectangle has of it, decoded pixels from its corner
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self[-4:]
 
 
 @njit(cache=True, nogil=True)
 def cover(levels, anchors, codes, wanted):
-    """Which compressed tiles hold the rectangles, (P, 9) int64 as in Piece.
+    """Which compressed tiles hold the rectangles, (P, 12) int64 as in Piece.
 
     wanted   (n, 6) int64 as in Wanted
     Rectangles may reach beyond the level. Compressed tiles of no bytes are left out.
@@ -281,13 +288,14 @@ def cover(levels, anchors, codes, wanted):
     for n in range(len(wanted)):
         across, down = _reach(levels[wanted[n, 0]], wanted[n])
         most += max(across[1] - across[0], 0) * max(down[1] - down[0], 0)
-    pieces = np.empty((most, 9), np.int64)
+    pieces = np.empty((most, 12), np.int64)
     used = 0
     for n in range(len(wanted)):
         row, scale, left, top = wanted[n, 0], wanted[n, 1], wanted[n, 2], wanted[n, 3]
         level = levels[row]
         columns = -(-level.width // level.tile_width)
         width, height = level.tile_width // scale, level.tile_height // scale
+        right = min(left + wanted[n, 4], -(-level.width // scale))
         bottom = min(top + wanted[n, 5], -(-level.height // scale))
         across, down = _reach(level, wanted[n])
         for j in range(down[0], down[1]):
@@ -295,8 +303,10 @@ def cover(levels, anchors, codes, wanted):
                 tile = j * columns + i
                 start, length = _locate(level, anchors, codes, tile)
                 if length > 0:
-                    rows = min(height, bottom - j * height)
-                    pieces[used] = n, row, scale, tile, start, length, i * width - left, j * height - top, rows
+                    x, y = i * width, j * height
+                    pieces[used, :8] = n, row, scale, tile, start, length, x - left, y - top
+                    pieces[used, 8:10] = max(left - x, 0), max(top - y, 0)
+                    pieces[used, 10:] = min(right - x, width), min(bottom - y, height)
                     used += 1
     return pieces[:used]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -16,7 +18,7 @@ from compressed_files import jpeg, jpeg2000, marked, texture, tiles_of, write_jp
 from PIL import Image
 from slide_files import shrink
 
-from pathfm import Slide, decode
+from pathfm import Slide, decode, turbojpeg
 from pathfm.decode import Damaged
 from pathfm.storage import cache_dir
 from pathfm.synthetic import generator_hash
@@ -212,71 +214,130 @@ def test_a_fraction_is_the_mean_of_what_it_stands_for(scale):
     assert 10 * np.log10(255**2 / (error**2).mean()) > 37
 
 
-@pytest.fixture
-def heights(monkeypatch) -> list[int]:
-    """The heights that are decoded, one a call of the decoder."""
-    found, real = [], simplejpeg.decode_jpeg
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *how: found.append(how[4]) or real(*how))
+@pytest.fixture(params=["libjpeg-turbo 3", "simplejpeg"])
+def decoder(request, monkeypatch) -> str:
+    """With the library that decodes parts, which the tests' environment holds, and without."""
+    assert turbojpeg.LIBRARY is not None
+    if request.param == "simplejpeg":
+        monkeypatch.setattr(turbojpeg, "LIBRARY", None)
+    return request.param
+
+
+def boxes(width: int, height: int, number: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """Random ones, some of a pixel or two, some at the edges, and the whole."""
+    found = [(0, 0, width, height), (0, 0, 1, 1), (width - 1, height - 1, width, height)]
+    for k in range(number):
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        right, bottom = (
+            (left + 1 + k % 3, top + 1 + k // 3 % 3) if k % 2 else rng.integers((left, top), (width, height)) + 1
+        )
+        found.append((left, top, min(int(right), width), min(int(bottom), height)))
     return found
 
 
 @pytest.mark.parametrize("scale", decode.SCALES)
-@pytest.mark.parametrize(("subsampling", "unit"), [("444", 8), ("422", 8), ("420", 16), ("440", 16), ("411", 8)])
-def test_upper_rows_are_those_of_the_whole_and_no_more_is_decoded(subsampling, unit, scale, heights):
-    stream = jpeg(texture(256, 240, blur=0.7), "ycbcr", subsampling)
-    how = HOW._replace(height=240)
-    whole = decode.decode(stream, how, scale)
-    assert heights.pop() == len(whole) == 240 // scale
-    for rows in range(1, len(whole)):
-        assert np.array_equal(decode.decode(stream, how, scale, rows=rows), whole[:rows])
-        assert heights.pop() <= min((rows + 1) * scale + unit, 240) // scale
-        assert not heights
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411"])
+@pytest.mark.parametrize("sides", [(256, 240), (240, 250), (504, 488)])
+def test_a_part_is_that_of_the_whole(decoder, sides, subsampling, scale):
+    width, height = (side // scale * scale for side in sides)
+    stream = jpeg(texture(width, height, blur=0.7), "ycbcr", subsampling)
+    how = HOW._replace(width=width, height=height)
+    whole = simplejpeg.decode_jpeg(stream, "RGB", False, False, height // scale, width // scale, 1)
+    for left, top, right, bottom in boxes(width // scale, height // scale, 150, np.random.default_rng(0)):
+        part = decode.decode(stream, how, scale, (left, top, right, bottom))
+        assert np.array_equal(part, whole[top:bottom, left:right]), (left, top, right, bottom)
 
 
-def test_upper_rows_whatever_the_marker_and_the_tables(heights):
+@pytest.mark.parametrize("scale", decode.SCALES)
+@pytest.mark.parametrize(("subsampling", "unit"), [("444", 8), ("422", 16), ("420", 16), ("440", 8), ("411", 32)])
+def test_little_more_than_the_part_is_decoded(stream, subsampling, unit, scale):
+    data = np.frombuffer(jpeg(texture(256, 256), "ycbcr", subsampling), np.uint8)
+    buffer, side = np.empty(256 * 256 * 3, np.uint8), 256 // scale
+    for box in boxes(side, side, 100, np.random.default_rng(1)):
+        found = turbojpeg.part(turbojpeg.ADDRESSES, data, 256, 256, scale, *box, buffer)
+        status, x, y, across, down = found
+        assert status == turbojpeg.WHOLE
+        assert 0 <= box[0] - x < unit // scale + turbojpeg.MARGIN
+        assert 0 <= x + across - box[2] <= turbojpeg.MARGIN
+        assert (y, down) in ((box[1], box[3] - box[1]), (0, side))
+
+
+def test_parts_whatever_the_marker_and_the_tables(decoder):
     for colour, marker, subsampling, side, shared in JPEGS:
         stream, tables = marked(jpeg(texture(side, side), colour, subsampling), marker, colour, shared)
         level = {"tile_width": side, "tile_height": side, "width": side, "height": side, "predictor": 1}
         how = decode.recipe({**level, "codec": decode.JPEG, "colour": int(colour == "ycbcr")}, tables)
-        assert np.array_equal(decode.decode(stream, how, rows=50), decode.decode(stream, how)[:50])
-        assert heights[-2] < heights[-1] == side
-    assert len(heights) == 2 * len(JPEGS)
+        assert np.array_equal(decode.decode(stream, how, 1, (9, 50, 77, 99)), decode.decode(stream, how)[50:99, 9:77])
 
 
-def test_damage_never_changes_upper_rows_unnoticed(stream):
+def test_damage_never_changes_a_part_unnoticed(stream, decoder):
     """Flipped bytes: named, or what the whole stream decodes to there. Cut short: named, wherever."""
     rng, named = np.random.default_rng(0), 0
     pixels = stream.index(b"\xff\xda") + 14
-    for _ in range(300):
+    for left, top, right, bottom in boxes(256, 256, 600, rng):
         spoilt, at = bytearray(stream), int(rng.integers(pixels, len(stream) - 2))
         spoilt[at : at + 2] = rng.choice([0xFF, *rng.integers(256, size=2)]), rng.integers(256)
-        rows = int(rng.integers(1, 200))
         try:
-            found = decode.decode(bytes(spoilt), HOW, rows=rows)
+            found = decode.decode(bytes(spoilt), HOW, 1, (left, top, right, bottom))
         except Damaged:
             named += 1
             with pytest.raises(Damaged):
                 decode.decode(bytes(spoilt), HOW)
         else:
             loosely = simplejpeg.decode_jpeg(bytes(spoilt), "RGB", False, False, strict=False)
-            assert np.array_equal(found, loosely[:rows])
-    assert 30 < named < 270
+            assert np.array_equal(found, loosely[top:bottom, left:right])
+    assert 60 < named < 540
     for length in range(pixels, len(stream) - 1, 97):
         with pytest.raises(Damaged, match="is no whole JPEG"):
-            decode.decode(stream[:length], HOW, rows=20)
+            decode.decode(stream[:length], HOW, 1, (0, 0, 256, 20))
 
 
-def test_what_ends_early_or_restarts_is_decoded_whole(stream, heights):
-    pixels = texture(256, 256)
+def test_what_ends_early_is_named_as_far_as_it_is_needed(stream):
     short = stream[: len(stream) // 2] + b"\xff\xd9"
     with pytest.raises(Damaged, match="is no whole JPEG"):
-        decode.decode(short, HOW, rows=200)
-    below = decode.decode(short, HOW, rows=8)  # this damage lies below the rows asked for
-    assert np.array_equal(below, decode.decode(stream, HOW)[:8])
-    for options in ({"restart_marker_rows": 1}, {"progressive": True}):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "jpeg", quality=75, **options)
-        heights.clear()
-        found = decode.decode(file.getvalue(), HOW, rows=40)
-        assert heights == [256]
-        assert np.array_equal(found, np.asarray(Image.open(file))[:40])
+        decode.decode(short, HOW, 1, (0, 0, 256, 200))
+    above = decode.decode(short, HOW, 1, (0, 0, 256, 8))  # this damage lies below
+    assert np.array_equal(above, decode.decode(stream, HOW)[:8])
+
+
+@pytest.mark.parametrize("options", [{"restart_marker_rows": 1}, {"restart_marker_blocks": 3}, {"progressive": True}])
+def test_parts_of_streams_that_restart_or_refine(decoder, options):
+    file = io.BytesIO()
+    Image.fromarray(texture(256, 256)).save(file, "jpeg", quality=75, **options)
+    whole = np.asarray(Image.open(file))
+    for left, top, right, bottom in boxes(256, 256, 60, np.random.default_rng(2)):
+        found = decode.decode(file.getvalue(), HOW, 1, (left, top, right, bottom))
+        assert np.array_equal(found, whole[top:bottom, left:right])
+
+
+def test_an_image_of_another_size_writes_nothing_beyond_the_buffer(stream):
+    """A stream may declare any size: the pixels that a compressed tile has room for are all that is written."""
+    for side in (128, 255, 264, 4096):
+        with pytest.raises(ValueError, match=f"is a JPEG of 256 x 256 px and not {side} x {side}"):
+            turbojpeg.decode(stream, (side, side), 1, (0, 0, side, side))
+    memory = np.full(3 * 256 * 256 + 64, 7, np.uint8)
+    with pytest.raises(ValueError, match="is a JPEG of"):
+        turbojpeg.decode(stream, (256, 256), 1, (0, 0, 256, 256), memory[: 3 * 255 * 256])
+    assert (memory == 7).all()
+    turbojpeg.decode(stream, (256, 256), 1, (100, 100, 256, 256), memory[: 3 * 256 * 256])
+    assert (memory[-64:] == 7).all()
+
+
+def test_a_library_that_decodes_no_parts_is_passed_over(monkeypatch):
+    monkeypatch.setattr(turbojpeg, "_places", lambda: iter(["/nowhere/libturbojpeg.so", "libc.so.6"]))
+    assert turbojpeg.load() is None
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert turbojpeg.load() is None
+
+
+def test_threads_decode_side_by_side(stream):
+    """Each with a decoder of its own, which ends with it."""
+    whole = decode.decode(stream, HOW)
+
+    def parts(seed: int) -> bool:
+        found = ((decode.decode(stream, HOW, 1, box), box) for box in boxes(256, 256, 200, np.random.default_rng(seed)))
+        return all(np.array_equal(part, whole[box[1] : box[3], box[0] : box[2]]) for part, box in found)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(parts, range(8)))

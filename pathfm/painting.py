@@ -1,0 +1,127 @@
+"""Images from compressed tiles: decode, paste, fade, resample, many of them without the interpreter's lock.
+
+Threads that meet at that lock for every tile wait longer for each other than they decode.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from pathfm.resample import resample
+from pathfm.turbojpeg import WHOLE, part, pointer
+
+WHITE = 255  # what is beyond the slide, and where it has no compressed tile
+
+IMAGE = np.dtype(
+    [
+        ("first", "i8"),  # of its pieces, and one past the last
+        ("last", "i8"),
+        ("out", "i8"),  # address of its pixels, (out_height, out_width, 3) uint8
+        ("out_width", "i8"),
+        ("out_height", "i8"),
+        ("x", "i8"),  # of the canvas in the scaled level, decoded pixels
+        ("y", "i8"),
+        ("width", "i8"),  # of the canvas
+        ("height", "i8"),
+        ("scale", "i8"),
+        ("level_width", "i8"),  # before it is scaled
+        ("level_height", "i8"),
+        ("tile_width", "i8"),  # of its compressed tiles, before they are scaled
+        ("tile_height", "i8"),
+        ("resampled", "i8"),  # 0: the canvas is the image
+        ("left", "f8"),  # as `resample` takes them
+        ("top", "f8"),
+        ("step", "f8"),
+    ]
+)
+PIECE = np.dtype(
+    [
+        ("start", "i8"),  # of its JPEG in `streams`
+        ("length", "i8"),
+        ("pixels", "i8"),  # or the address of its pixels, (rows, columns, 3) uint8 from (from_x, from_y) of the tile
+        ("columns", "i8"),
+        ("rows", "i8"),
+        ("from_x", "i8"),
+        ("from_y", "i8"),
+        ("x", "i8"),  # of the tile's corner on the canvas
+        ("y", "i8"),
+        ("left", "i8"),  # what the canvas has of it, from its corner
+        ("top", "i8"),
+        ("right", "i8"),
+        ("bottom", "i8"),
+    ]
+)
+
+
+@njit(cache=True, nogil=True)
+def paint(calls, streams, pieces, images, tile, scratch):
+    """Fill images; the number of the first piece whose JPEG is damaged, or -1.
+
+    calls            turbojpeg.ADDRESSES
+    streams          (bytes,) uint8, whole JPEGs one after the other
+    pieces, images   (P,) PIECE and (n,) IMAGE
+    tile, scratch    uint8, room for a decoded tile and for the largest canvas that is resampled
+    """
+    for n in range(len(images)):
+        image = images[n]
+        out = carray(pointer(image.out), (image.out_height, image.out_width, 3))
+        canvas = out
+        if image.resampled:
+            canvas = scratch[: image.height * image.width * 3].reshape(image.height, image.width, 3)
+        damaged = _paste(calls, streams, pieces, image, tile, canvas)
+        if damaged >= 0:
+            return damaged
+        if image.scale > 1:
+            _fade(image, canvas)
+        if image.resampled:
+            resample(canvas, image.left, image.top, image.step, out)
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _paste(calls, streams, pieces, image, tile, canvas):
+    """Bring an image's pieces onto the canvas, white beyond them; the number of a damaged one, or -1."""
+    covered = 0
+    for k in range(image.first, image.last):
+        covered += (pieces[k].right - pieces[k].left) * (pieces[k].bottom - pieces[k].top)
+    if covered < image.width * image.height:
+        canvas[:] = WHITE
+    for k in range(image.first, image.last):
+        piece = pieces[k]
+        x, y, columns, rows = piece.from_x, piece.from_y, piece.columns, piece.rows
+        pixels = tile
+        if piece.pixels:
+            pixels = carray(pointer(piece.pixels), (rows * columns * 3,))
+        else:
+            stream = streams[piece.start : piece.start + piece.length]
+            size, box = (image.tile_width, image.tile_height), (piece.left, piece.top, piece.right, piece.bottom)
+            status, x, y, columns, rows = part(calls, stream, *size, image.scale, *box, tile)
+            if status != WHOLE:
+                return k
+        width = 3 * (piece.right - piece.left)
+        for row in range(piece.top, piece.bottom):
+            start = 3 * ((row - y) * columns + piece.left - x)
+            line = canvas[piece.y + row].reshape(-1)
+            at = 3 * (piece.x + piece.left)
+            line[at : at + width] = pixels[start : start + width]
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _fade(image, canvas):
+    """Let the level's last column and row be white by the share of them that lies beyond the level."""
+    column, row = image.level_width // image.scale - image.x, image.level_height // image.scale - image.y
+    share = image.level_width % image.scale / image.scale
+    if share > 0 and 0 <= column < image.width:
+        _whiten(canvas[:, column], share)
+    share = image.level_height % image.scale / image.scale
+    if share > 0 and 0 <= row < image.height:
+        _whiten(canvas[row], share)
+
+
+@njit(cache=True, nogil=True)
+def _whiten(line, share):
+    for i in range(line.shape[0]):
+        for c in range(3):
+            line[i, c] = np.uint8(np.round(WHITE + np.float32(share) * np.float32(np.int32(line[i, c]) - WHITE)))
