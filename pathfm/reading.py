@@ -232,41 +232,51 @@ def _decoded(pieces: Sequence[Piece], slides: Sequence, data) -> Ready:
 
 def painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Ready]) -> list[np.ndarray]:
     """The pixels of these jobs, whose compressed tiles are known."""
-    found, images, pieces, owners, streams, length, canvas, tile = [], [], [], [], [], 0, 0, 0
+    found, images, pieces, owners, streams = [], [], [], [], []
     for k in numbers:
-        (slide, _, _, _, width, height), (rectangle, resampled) = batch.jobs[k], batch.frames[k]
-        how, own = slide.recipe(slide.first_level + rectangle.level), batch.pieces[k]
-        parts = data[slide.path]() if own else {}
-        found.append(_image(height, width))
-        place = (len(pieces), len(pieces) + len(own), found[-1].ctypes.data, width, height, *rectangle[2:])
-        sizes = rectangle.scale, how.level_width, how.level_height, how.width, how.height
-        images.append((*place, *sizes, resampled is not None, *(resampled or (0.0, 0.0, 1.0))))
-        canvas, tile = max(canvas, 3 * rectangle.width * rectangle.height), max(tile, 3 * how.width * how.height)
-        for piece in own:
-            owners.append((piece, slide))
-            here = ready.get(_key(slide, piece))
-            if here is None:
-                streams.append(whole_jpeg(parts[piece.level, piece.tile], how))
-                pieces.append((length, len(streams[-1]), 0, 0, 0, 0, 0, piece.x, piece.y, *piece.box))
-                length += len(streams[-1])
-            else:
-                rows, columns = here.pixels.shape[:2]
-                at = here.pixels.ctypes.data, columns, rows, here.x, here.y
-                pieces.append((0, 0, *at, piece.x, piece.y, *piece.box))
-    scratch = _SCRATCH
-    damaged = painting.paint(
-        turbojpeg.ADDRESSES,
-        np.frombuffer(b"".join(streams), np.uint8),
-        np.array(pieces, painting.PIECE),
-        np.array(images, painting.IMAGE),
-        scratch.tile(tile),
-        scratch.canvas(canvas),
-    )
+        job, framed, own = batch.jobs[k], batch.frames[k], batch.pieces[k]
+        found.append(_image(job.height, job.width))
+        images.append(_image_row(job, framed, found[-1], len(pieces), len(own)))
+        pieces += _piece_rows(job.slide, own, data[job.slide.path]() if own else {}, ready, streams)
+        owners += [(piece, job.slide) for piece in own]
+    images, pieces = np.array(images, painting.IMAGE), np.array(pieces, painting.PIECE)
+    pieces["start"] = np.cumsum(pieces["length"]) - pieces["length"]
+    tile = _SCRATCH.tile(3 * int((images["tile_width"] * images["tile_height"]).max(initial=0)))
+    canvas = _SCRATCH.canvas(3 * int((images["width"] * images["height"]).max(initial=0)))
+    joined = np.frombuffer(b"".join(streams), np.uint8)
+    damaged = painting.paint(turbojpeg.ADDRESSES, joined, pieces, images, tile, canvas)
     if damaged >= 0:
         piece, slide = owners[damaged]
         _decoded([piece], [slide], data)  # says why
         raise InputError(f"{slide.path} is damaged: compressed tile {piece.tile}; fetch the file again")
     return found
+
+
+def _image_row(job: Job, framed: Frame, out: np.ndarray, first: int, number: int) -> tuple:
+    """painting.IMAGE of a job that writes to `out` and has `number` pieces from `first` on."""
+    rectangle, resampled = framed
+    how = job.slide.recipe(job.slide.first_level + rectangle.level)
+    place = first, first + number, out.ctypes.data, job.width, job.height, *rectangle[2:]
+    sizes = rectangle.scale, how.level_width, how.level_height, how.width, how.height
+    return *place, *sizes, resampled is not None, *(resampled or (0.0, 0.0, 1.0))
+
+
+def _piece_rows(
+    slide, pieces: list[Piece], parts: dict, ready: dict[tuple, Ready], streams: list[bytes]
+) -> list[tuple]:
+    """painting.PIECE of each, its start still 0; JPEGs that are not decoded yet are added to `streams`."""
+    rows = []
+    for piece in pieces:
+        here = ready.get(_key(slide, piece)) if ready else None
+        if here is None:
+            stream = whole_jpeg(parts[piece.level, piece.tile], slide.recipe(piece.level))
+            streams.append(stream)
+            what = len(stream), 0, 0, 0, 0, 0
+        else:
+            height, width = here.pixels.shape[:2]
+            what = 0, here.pixels.ctypes.data, width, height, here.x, here.y
+        rows.append((0, *what, piece.x, piece.y, *piece.box))
+    return rows
 
 
 def _peers(job: Job, framed: Frame) -> np.ndarray:
