@@ -167,7 +167,11 @@ def consep(folder: Path, side: int = 20):
 
 def nucleus(x: int, y: int, side: int) -> str:
     corners = ((x, y), (x + side, y), (x + side, y + side), (x, y + side))
-    return "<Region><Vertices>" + "".join(f'<Vertex X="{a}" Y="{b}"/>' for a, b in corners) + "</Vertices></Region>"
+    return (
+        "<Region><Attributes/><Vertices>"
+        + "".join(f'<Vertex X="{a}" Y="{b}"/>' for a, b in corners)
+        + "</Vertices></Region>"
+    )
 
 
 def monusac_xml(nuclei: dict[str, list[tuple[int, int, int]]]) -> str:
