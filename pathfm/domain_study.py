@@ -22,6 +22,7 @@ from pathfm.stream import TileStream
 from pathfm.transfer import test_data
 
 COHORT = method_study.COHORT
+ARMS = ("DINO", "DINOv2")  # of `method_study`
 N = 4096  # tiles of each part of the cohort; ten D and more of every network here
 TILE_PX, MPP = 128, 1.0  # of what they were pretrained on
 REAL = "tiles/oral_oscc"
@@ -51,12 +52,12 @@ def sets(n: int = N) -> dict[str, TileSet]:
 def networks(seeds: Sequence[int]) -> Iterator[tuple[dict, nn.Module | str, object]]:
     """(network, seed, steps), what `features.extract` takes and its preprocessing, of everything that is measured.
 
-    The arms of `method_study`, trained where runs/methods does not hold them; for each seed the network that they
+    ARMS of `method_study`, trained where runs/methods does not hold them; for each seed the network that they
     start from; the same network trained by DINO on images that are no tissue, of the first seed; colour and texture.
     """
     recipe = method_study.ARMS["DINO"][0]
     for seed in seeds:
-        for arm in method_study.ARMS:
+        for arm in ARMS:
             run = method_study.trained(arm, seed)
             teacher, preprocess = export.load(run.teacher)
             if arm == "DINO":
@@ -113,16 +114,15 @@ def points(table: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
     """Points for `unsupervised.correlations`: every run of an arm on every part, scored on the test centres.
 
     table   of results/domains.csv;  scored  of results/methods.csv
-    Two arms of a method with one seed start alike and see the same tiles: they are one cluster.
     """
     at = scored[scored["mpp"] == method_study.PRIMARY_MPP]
     rows = []
-    for arm in method_study.ARMS:
+    for arm in ARMS:
         for when, network in ((method_study.START, RANDOM), ("end", arm)):
             score = at[(at["arm"] == arm) & (at["when"] == when)].set_index("seed")["new_centres"]
             one = table[table["network"] == network]
             one = one.assign(score=one["seed"].map(score), step=one["steps"], random=network == RANDOM)
-            rows.append(one.assign(method=arm.split(",")[0], run=arm.split(",")[0] + one["seed"].map("-{}".format)))
+            rows.append(one.assign(method=arm, run=one["seed"]))
     return pd.concat(rows, ignore_index=True).assign(sweep="methods")[unsupervised.POINT]
 
 
@@ -135,7 +135,7 @@ def figure(table: pd.DataFrame) -> Figure:
     """
     at = table[table["n"] == table["n"].min()]
     wheres, names = list(at["where"].unique()), list(at["network"].unique())
-    colours = dict(zip(method_study.ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    colours = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     colours |= {name: panels.method_colour(name) for name in (RANDOM, TEXTURE)} | {LEAVES: "black"}
     fig, axes = plt.subplots(1, 2, figsize=(6.9, 3.0), sharey=True)
     for ax, what, label in zip(axes, ("rankme", "odcorr"), ("RankMe", "ODCorr"), strict=True):
