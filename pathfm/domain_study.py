@@ -136,7 +136,7 @@ def figure(table: pd.DataFrame) -> Figure:
     at = table[table["n"] == table["n"].min()]
     wheres, names = list(at["where"].unique()), list(at["network"].unique())
     colours = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    colours |= {name: panels.method_colour(name) for name in (RANDOM, TEXTURE)} | {LEAVES: "black"}
+    colours |= {RANDOM: panels.method_colour(RANDOM), LEAVES: "black", TEXTURE: "0.6"}  # its own is an arm's
     fig, axes = plt.subplots(1, 2, figsize=(6.9, 3.0), sharey=True)
     for ax, what, label in zip(axes, ("rankme", "odcorr"), ("RankMe", "ODCorr"), strict=True):
         for k, name in enumerate(names):
