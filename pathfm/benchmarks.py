@@ -109,13 +109,13 @@ class TileSet:
         """(h, w, 3) uint8. Raises InputError where the file changed since it was checked."""
         path = self.table["path"].iloc[row]
         try:
-            return _decode(Path(path).read_bytes())
+            return decode(Path(path).read_bytes())
         except OSError as error:
             raise InputError(f"{path} could be read before and now cannot ({error}); make the TileSet again") from None
 
     def images(self, batch_size: int = 64) -> Iterator[list[np.ndarray]]:
         """Batches of images in the table's order; sizes may differ within one."""
-        with ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(threads()) as pool:
             for start in range(0, len(self), batch_size):
                 yield list(pool.map(self.image, range(start, min(start + batch_size, len(self)))))
 
@@ -328,18 +328,25 @@ def _mpp(table: pd.DataFrame, mpp: float | None, source: Path) -> pd.Series:
     return given.astype(float)
 
 
-def _decode(data: bytes) -> np.ndarray:
+def decode(data: bytes) -> np.ndarray:
+    """(h, w, 3) uint8 of an encoded image. Raises what Pillow raises."""
     with Image.open(io.BytesIO(data)) as image:
         return np.array(image.convert("RGB"))
 
 
 def _probe(path: str) -> tuple[str, int, int, str]:
-    """Digest of the bytes, width and height, and what is wrong with the image ('' for nothing)."""
     try:
-        data = Path(path).read_bytes()
-        height, width = _decode(data).shape[:2]
+        return probe(Path(path).read_bytes())
     except FileNotFoundError:
         return "", 0, 0, "missing"
+    except OSError as error:
+        return "", 0, 0, f"does not decode: {error}"
+
+
+def probe(data: bytes) -> tuple[str, int, int, str]:
+    """Digest of the bytes, width and height, and what is wrong with the image ('' for nothing)."""
+    try:
+        height, width = decode(data).shape[:2]
     except (UnidentifiedImageError, Image.DecompressionBombError):
         return "", 0, 0, "not an image" if data else "empty file"
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for truncated files
@@ -349,7 +356,7 @@ def _probe(path: str) -> tuple[str, int, int, str]:
 
 def decode_all(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows whose image (column path) decodes, with digest, width_px and height_px; and the rest, with a reason."""
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         found = list(progress(pool.map(_probe, table["path"]), "checking images", len(table), "image"))
     checked = table.assign(
         **dict(zip(("digest", "width_px", "height_px", "reason"), zip(*found, strict=True), strict=True))
@@ -361,5 +368,6 @@ def decode_all(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many threads decode images."""
     return min(8, os.cpu_count() or 1)

@@ -84,30 +84,21 @@ def configuration(
 
     The runs of eva-2024 start from heads of their own here: that they shared one is not in eva any more.
     """
-    trainer = {
-        "n_runs": chosen.runs,
-        "default_root_dir": str(out),
-        "max_steps": chosen.max_steps,
-        "check_val_every_n_epoch": chosen.every,
-        "checkpoint_type": "best",
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "callbacks": _callbacks(chosen, classes),
-        "logger": [
-            {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(out), "name": ""}}
-        ],
-    }
+    length = {"max_steps": chosen.max_steps, "check_val_every_n_epoch": chosen.every}
+    watched = watching(_monitor(chosen, classes), chosen.patience, chosen.min_delta)
     splits = {"train": "train", "val": validate} | ({"test": test} if test else {})
     data = {
         "datasets": {role: _dataset(embeddings, split, classes) for role, split in splits.items()},
-        "dataloaders": {role: _loader(chosen, role, workers) for role in splits},
+        "dataloaders": {
+            role: loading(chosen.batch_size, workers, not chosen.shots if role == "train" else None) for role in splits
+        },
     }
     if chosen.shots:
         sampler = "eva.core.data.samplers.classification.BalancedSampler"
         settings = {"num_samples": chosen.shots, "reset_generator": False}
         data["samplers"] = {"train": {"class_path": sampler, "init_args": settings}}
     return {
-        "trainer": {"class_path": "eva.Trainer", "init_args": trainer},
+        "trainer": training(out, chosen.runs, watched, **length),
         "model": {"class_path": "eva.HeadModule", "init_args": _head(chosen, d, classes)},
         "data": {"class_path": "eva.DataModule", "init_args": data},
     }
@@ -131,7 +122,7 @@ def backbone_configuration(
     The input side, mean and standard deviation are the export's. Raises InputError for an unknown task.
     """
     if task not in DATASETS:
-        raise InputError(f"eva reads no task '{task}' by this name.{nearest(task, DATASETS)}")
+        raise InputError(f"eva reads no tiles of '{task}' by this name.{nearest(task, DATASETS)}")
     kind, validate, test = DATASETS[task]
     known = tasks.about(task)
     name = name or ("eva-2026-10shot" if task == "pcam_10shot" else "eva-2026")
@@ -139,32 +130,72 @@ def backbone_configuration(
     embeddings, classes = Path(out) / "embeddings", len(known.classes)
     chosen = protocol(name, known.count("train"), known.count("val"), classes, max_steps)
     config = configuration(chosen, embeddings, out, model.num_features, classes, validate, test, workers)
-    resize = {"size": preprocess.input_px, "mean": list(preprocess.mean), "std": list(preprocess.std)}
-    images = {
-        "root": str(data),
-        "transforms": {"class_path": "eva.vision.data.transforms.common.ResizeAndCrop", "init_args": resize},
-    }
+    images = {"root": str(data), "transforms": resizing(preprocess)}
     splits = ["train", validate] + ([test] if test else [])
     inside = config["data"]["init_args"]
     inside["datasets"]["predict"] = [
         {"class_path": f"eva.vision.datasets.{kind}", "init_args": images | {"split": split}} for split in splits
     ]
-    inside["dataloaders"]["predict"] = {**_reading(workers), "batch_size": 64}
-    writer = {
-        "output_dir": str(embeddings),
-        "dataloader_idx_map": dict(enumerate(splits)),
-        "backbone": {
-            "class_path": "eva.models.ModelFromFunction",
-            "init_args": {
-                "path": "timm.create_model",
-                "arguments": {"model_name": f"local-dir:{Path(export).resolve()}", "pretrained": True},
-            },
-        },
-    }
-    config["trainer"]["init_args"]["callbacks"].append(
-        {"class_path": "eva.callbacks.ClassificationEmbeddingsWriter", "init_args": writer}
-    )
+    inside["dataloaders"]["predict"] = loading(64, workers)
+    config["trainer"]["init_args"]["callbacks"].append(writing("Classification", embeddings, splits, network(export)))
     return config
+
+
+def training(out: str | Path, runs: int, callbacks: list[dict], **length) -> dict:
+    """eva's trainer with logs and results.json below `out`; length: max_steps or max_epochs and the like."""
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(out), "name": ""}}
+    how = {"checkpoint_type": "best", "accelerator": "cpu", "enable_progress_bar": False}
+    told = {"n_runs": runs, "default_root_dir": str(out), **length, **how}
+    return {"class_path": "eva.Trainer", "init_args": {**told, "callbacks": callbacks, "logger": [logger]}}
+
+
+def watching(monitor: str, patience: int, min_delta: float = 0) -> list[dict]:
+    """The callbacks that keep the best head and stop."""
+    watched = {"monitor": monitor, "mode": "max"}
+    return [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"filename": "best", "save_top_k": 1, **watched},
+        },
+        {
+            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+            "init_args": {"min_delta": min_delta, "patience": patience, **watched},
+        },
+    ]
+
+
+def writing(kind: str, embeddings: str | Path, splits: list[str], backbone: dict, **more) -> dict:
+    """The callback that writes embeddings, a predict data set a split; kind is Classification or Segmentation."""
+    said = {"output_dir": str(embeddings), "dataloader_idx_map": dict(enumerate(splits)), "backbone": backbone}
+    return {"class_path": f"eva.callbacks.{kind}EmbeddingsWriter", "init_args": said | more}
+
+
+def scoring(classes: int) -> dict:
+    """eva's scores of so many classes."""
+    if classes == 2:
+        return {"class_path": "eva.metrics.BinaryClassificationMetrics"}
+    return {"class_path": "eva.metrics.MulticlassClassificationMetrics", "init_args": {"num_classes": classes}}
+
+
+def network(export: str | Path, **more) -> dict:
+    """An exported backbone as eva builds it: timm.create_model of its folder, with more arguments of that."""
+    arguments = {"model_name": f"local-dir:{Path(export).resolve()}", "pretrained": True, **more}
+    return {
+        "class_path": "eva.models.ModelFromFunction",
+        "init_args": {"path": "timm.create_model", "arguments": arguments},
+    }
+
+
+def resizing(preprocess) -> dict:
+    """The short side to the export's input side, its central square, its mean and standard deviation."""
+    resize = {"size": preprocess.input_px, "mean": list(preprocess.mean), "std": list(preprocess.std)}
+    return {"class_path": "eva.vision.data.transforms.common.ResizeAndCrop", "init_args": resize}
+
+
+def loading(batch_size: int, workers: int, shuffle: bool | None = None) -> dict:
+    """A data loader; without workers eva's defaults for them are taken back."""
+    reading = {"num_workers": workers} | ({} if workers else {"persistent_workers": False, "prefetch_factor": None})
+    return {"batch_size": batch_size, **({} if shuffle is None else {"shuffle": shuffle}), **reading}
 
 
 def write(config: dict, path: str | Path) -> Path:
@@ -176,22 +207,23 @@ def write(config: dict, path: str | Path) -> Path:
 
 def run(verb: str, config: dict, python: str | None = None) -> pd.DataFrame:
     """Runs `eva fit` or `eva predict_fit` and returns `results`. Raises InputError with eva's last words."""
+    return results(execute(verb, config, python), config)
+
+
+def execute(verb: str, config: dict, python: str | None = None) -> Path:
+    """Runs `eva fit` or `eva predict_fit`; returns the folder of its logs. Raises InputError with eva's last words."""
     out = Path(config["trainer"]["init_args"]["default_root_dir"])
     path = write(config, out / "eva.yaml")
     command = [python or interpreter(), "-m", "eva", verb, "--config", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise InputError(f"eva {verb} --config {path} failed: {(done.stderr or done.stdout).strip()[-600:]}")
-    return results(out, config)
+    return out
 
 
 def results(out: str | Path, config: dict) -> pd.DataFrame:
     """A row a run: balanced accuracy on `validate` and `test` (0 to 1), and the steps `kept` and `stopped`."""
-    sessions = sorted(Path(out).glob("*/results.json"))
-    if not sessions:
-        raise InputError(f"{out} holds no results of eva; run it first")
-    path = sessions[-1]
-    found = json.loads(path.read_text())["metrics"]
+    path, found = last(out)
     score = "BinaryBalancedAccuracy" if _binary(config) else "MulticlassAccuracy"
     table = pd.DataFrame({"validate": found["val"][0][f"val/{score}"]["values"]})
     if found["test"]:
@@ -199,6 +231,14 @@ def results(out: str | Path, config: dict) -> pd.DataFrame:
     monitor = config["trainer"]["init_args"]["callbacks"][0]["init_args"]["monitor"]
     steps = [_steps(path.parent / f"run_{run}" / "metrics.csv", monitor) for run in range(len(table))]
     return table.assign(kept=[kept for kept, _ in steps], stopped=[stopped for _, stopped in steps])
+
+
+def last(out: str | Path) -> tuple[Path, dict]:
+    """results.json of the last session below `out`, and its metrics. Raises InputError where there is none."""
+    sessions = sorted(Path(out).glob("*/results.json"))
+    if not sessions:
+        raise InputError(f"{out} holds no results of eva; run it first")
+    return sessions[-1], json.loads(sessions[-1].read_text())["metrics"]
 
 
 def _steps(log: Path, monitor: str) -> tuple[int, int]:
@@ -219,21 +259,8 @@ def _monitor(chosen: Protocol, classes: int) -> str:
     return "val/BinaryAccuracy" if chosen.monitor == "accuracy" else "val/BinaryBalancedAccuracy"
 
 
-def _callbacks(chosen: Protocol, classes: int) -> list[dict]:
-    watched = {"monitor": _monitor(chosen, classes), "mode": "max"}
-    patience = {"min_delta": chosen.min_delta, "patience": chosen.patience}
-    return [
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"filename": "best", "save_top_k": 1, **watched},
-        },
-        {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {**patience, **watched}},
-    ]
-
-
 def _head(chosen: Protocol, d: int, classes: int) -> dict:
     binary = classes == 2
-    metrics = {"class_path": f"eva.metrics.{'Binary' if binary else 'Multiclass'}ClassificationMetrics"}
     model = {
         "head": {
             "class_path": "torch.nn.Linear",
@@ -241,7 +268,7 @@ def _head(chosen: Protocol, d: int, classes: int) -> dict:
         },
         "criterion": "torch.nn.BCEWithLogitsLoss" if binary else "torch.nn.CrossEntropyLoss",
         "optimizer": {"class_path": f"torch.optim.{chosen.optimiser}", "init_args": {"lr": chosen.lr}},
-        "metrics": {"common": [metrics if binary else metrics | {"init_args": {"num_classes": classes}}]},
+        "metrics": {"common": [scoring(classes)]},
     }
     if chosen.optimiser == "SGD":
         model["optimizer"]["init_args"]["momentum"] = 0.9
@@ -259,12 +286,3 @@ def _dataset(embeddings: str | Path, split: str, classes: int) -> dict:
     if classes == 2:
         found["target_transforms"] = FLOAT
     return {"class_path": "eva.datasets.EmbeddingsClassificationDataset", "init_args": found}
-
-
-def _loader(chosen: Protocol, role: str, workers: int) -> dict:
-    shuffle = {"shuffle": not chosen.shots} if role == "train" else {}
-    return {"batch_size": chosen.batch_size, **shuffle, **_reading(workers)}
-
-
-def _reading(workers: int) -> dict:
-    return {"num_workers": workers} | ({} if workers else {"persistent_workers": False, "prefetch_factor": None})

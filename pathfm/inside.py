@@ -71,25 +71,51 @@ def _patches(network: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
     return tokens.unflatten(1, (side, side)) if side**2 == tokens.shape[1] else None
 
 
-def figure(fields: np.ndarray, um_per_px: float, seen: Mapping[str, Inside]) -> Figure:
-    """A column a field; below it the attention of every network on one scale, then the colours of its patch tokens."""
+def figure(
+    fields: np.ndarray, um_per_px: float | None, seen: Mapping[str, Inside], masks: np.ndarray | None = None
+) -> Figure:
+    """A column a field; below it the attention of every network on one scale, then the colours of its patch tokens.
+
+    um_per_px   None where the scale is unknown: no bar is drawn
+    masks       (B, px, px) bool, what is known of the fields' nuclei: a row below the fields
+    """
     attention = {name: one.attention for name, one in seen.items() if one.attention is not None}
     colours = {name: one.colours for name, one in seen.items() if one.colours is not None}
-    labels = ["field", *(f"attention,\n{name}" for name in attention), *(f"tokens,\n{name}" for name in colours)]
+    known = [] if masks is None else [np.repeat(np.where(masks, 0.25, 0.95)[..., None], 3, axis=-1)]
+    labels = ["field", *(["nuclei,\ntruth"] * len(known)), *(f"attention,\n{name}" for name in attention)]
+    labels += [f"tokens,\n{name}" for name in colours]
     n, rows = len(fields), len(labels)
     fig, axes = plt.subplots(rows, n, figsize=(6.5, 5.75 / n * rows), squeeze=False)
     every = np.concatenate([grids.ravel() for grids in attention.values()]) if attention else [0, 1]
     limits = np.percentile(every, [1, 99])
     for k, column in enumerate(axes.T):
-        grids = [grids[k] for grids in (*attention.values(), *colours.values())]
+        grids = [grids[k] for grids in (*known, *attention.values(), *colours.values())]
         panels.field(column, fields[k], um_per_px, *grids, limits=limits)
     for ax, text in zip(axes[:, 0], labels, strict=True):
         panels.side_label(ax, text)
     if attention:
-        last = len(attention) + 1
-        bar = fig.colorbar(axes[1, 0].images[-1], ax=axes[1:last, :], shrink=0.9, aspect=12 * len(attention), pad=0.01)
+        first = 1 + len(known)
+        shown = axes[first : first + len(attention), :]
+        bar = fig.colorbar(shown[0, 0].images[-1], ax=shown, shrink=0.9, aspect=12 * len(attention), pad=0.01)
         bar.set_label("equal share = 1", fontsize=7)
     return fig
+
+
+def on_nuclei(seen: Mapping[str, Inside], masks: np.ndarray, names) -> pd.DataFrame:
+    """A row a network and field (of `names`): mean attention of its pixels on nuclei and elsewhere, 1 an equal share.
+
+    masks   (B, px, px) bool, of the fields; a pixel has the attention of its patch
+    """
+    rows = []
+    for network, one in seen.items():
+        if one.attention is None:
+            continue
+        for name, grid, mask in zip(names, one.attention, masks, strict=True):
+            at = np.arange(mask.shape[0]) * grid.shape[0] // mask.shape[0]
+            pixels = grid[np.ix_(at, at)]
+            told = {"network": network, "field": name, "nuclei": mask.mean()}
+            rows.append({**told, "attention there": pixels[mask].mean(), "elsewhere": pixels[~mask].mean()})
+    return pd.DataFrame(rows, columns=["network", "field", "nuclei", "attention there", "elsewhere"])
 
 
 def table(seen: Mapping[str, Inside], names) -> pd.DataFrame:

@@ -255,12 +255,16 @@ def watched(slides: Cohort, settings: PretrainConfig):
     return TileStream(chosen, settings.tile_px, servable(chosen, settings), settings.min_tissue, settings.seed + 1)
 
 
-def non_histology(settings: PretrainConfig) -> Run:
-    """The same network trained by the same method on procedural images that are no tissue: never called ImageNet."""
+def non_histology(settings: PretrainConfig, folder: str | Path = "") -> Run:
+    """The same network trained by the same method on procedural images that are no tissue: never called ImageNet.
+
+    folder   of the run; one of the cache, by configuration and code, where empty
+    """
     settings = settings.replace(init="random", watch_every=0)
     mark = hashlib.sha256(json.dumps([dataclasses.asdict(settings), code_hash()]).encode()).hexdigest()[:12]
     # The folder's name is what the record of a run that starts here will say.
-    return _once(settings, DeadLeaves(settings.tile_px, settings.seed), folder=cache_dir() / f"non-histology-{mark}")
+    folder = folder or cache_dir() / f"non-histology-{mark}"
+    return _once(settings, DeadLeaves(settings.tile_px, settings.seed), folder=folder)
 
 
 def curve(run: Run) -> pd.DataFrame:

@@ -36,14 +36,18 @@ def measure(model: nn.Module | str | Path, sets: Mapping[str, TileSet], preproce
     sets   where -> tiles; labels are not looked at. As many tiles of each, drawn by `seed`, as the smallest has, for
            both depend on N
 
-    Columns where, n, d, rankme, odcorr, odcorr_floor, enough (whether N is ten D or more, as RankMe asks).
+    Columns where, n, d, rankme, enough (whether N is ten D or more, as RankMe asks), odcorr with its floor and the
+    number of constant features left out, mean_r2 over the same pairs of features, tile_corr (the mean absolute
+    correlation of pairs of tiles) with its floor.
     """
     n, rows = min(map(len, sets.values())), []
     for where, tiles in sets.items():
         x = extract(model, thin(tiles, n, seed), preprocess).x
         rank, repeat = metrics.rankme(x), metrics.odcorr(x)
-        told = {"where": where, "n": rank.n, "d": rank.d, "rankme": rank.value, "odcorr": repeat.value}
-        rows.append({**told, "odcorr_floor": repeat.floor, "enough": rank.n >= 10 * rank.d})
+        told = {"where": where, "n": rank.n, "d": rank.d, "rankme": rank.value, "enough": rank.n >= 10 * rank.d}
+        told |= {"odcorr": repeat.value, "odcorr_floor": repeat.floor, "constants": repeat.constants}
+        told |= {"mean_r2": repeat.mean_r2, "tile_corr": repeat.tiles, "tile_corr_floor": repeat.tiles_floor}
+        rows.append(told)
     return pd.DataFrame(rows)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
+import polars as pl
 from PIL import Image
 from scipy.io import savemat
 
@@ -165,7 +167,11 @@ def consep(folder: Path, side: int = 20):
 
 def nucleus(x: int, y: int, side: int) -> str:
     corners = ((x, y), (x + side, y), (x + side, y + side), (x, y + side))
-    return "<Region><Vertices>" + "".join(f'<Vertex X="{a}" Y="{b}"/>' for a, b in corners) + "</Vertices></Region>"
+    return (
+        "<Region><Attributes/><Vertices>"
+        + "".join(f'<Vertex X="{a}" Y="{b}"/>' for a, b in corners)
+        + "</Vertices></Region>"
+    )
 
 
 def monusac_xml(nuclei: dict[str, list[tuple[int, int, int]]]) -> str:
@@ -273,3 +279,27 @@ def pathorob(folder: Path, name: str, slides: int = 4, tiles: int = 6, d: int = 
     for centre, found in arrays.items():
         np.savez(folder / f"{centre}.npz", **found)
     return tasks.with_counts(name, {(None, None): (2 if name in PAIRED else 1) * len(rows)})
+
+
+def pathorob_shards(folder: Path, metadata: Path, shards: int = 2, side: int = 16, seed: int = 0) -> dict:
+    """Parquet shards as Hugging Face gives PathoROB's sets out: every tile of the CSV once, in an order of their own.
+
+    Returns file (slide-patch) -> pixels.
+    """
+    rng = np.random.default_rng(seed)
+    table = pd.read_csv(metadata, dtype=str, keep_default_na=False).drop(columns="subset")
+    table = table.drop_duplicates(["slide_id", "patch_id"]).sample(frac=1, random_state=seed)
+    pixels, images = {}, []
+    for row in table.itertuples():
+        one = rng.integers(0, 255, (side, side, 3), np.uint8)
+        pixels[f"{row.slide_id}-{row.patch_id}"] = one
+        file = io.BytesIO()
+        Image.fromarray(one).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": f"{row.patch_id}.png"})
+    (folder / "data").mkdir(parents=True)
+    for number, rows in enumerate(np.array_split(np.arange(len(table)), shards)):
+        columns = {"image": [images[i] for i in rows]} | {c: table[c].iloc[rows].tolist() for c in table}
+        schema = {"image": pl.Struct({"bytes": pl.Binary, "path": pl.String})}
+        file = folder / "data" / f"train-{number:05}-of-{shards:05}.parquet"
+        pl.DataFrame(columns, schema_overrides=schema).write_parquet(file, row_group_size=7)
+    return pixels

@@ -80,3 +80,22 @@ def test_all_attention_is_drawn_on_one_scale():
     rows = inside.table(seen, ["a", "b"]).set_index(["network", "field"])
     assert list(rows.index) == [(n, f) for n in ("random weights", "pretrained") for f in "ab"]
     assert rows.loc[("pretrained", "b"), "max"] == sharp.attention[1].max() and (rows["patches"] == 16).all()
+
+
+@pytest.mark.usefixtures("style")
+def test_nuclei_stand_below_the_fields_and_attention_is_told_apart_by_them():
+    masks = np.zeros((3, 96, 96), bool)
+    masks[:, :32, :32] = True
+    attention = np.full((3, 6, 6), 0.5)
+    attention[:, :2, :2] = 5.0
+    seen = {"one": Inside(attention, np.random.default_rng(0).random((3, 6, 6, 3)), 0.4), "other": Inside()}
+    table = inside.on_nuclei(seen, masks, ["a", "b", "c"])
+    assert table["field"].tolist() == ["a", "b", "c"] and set(table["network"]) == {"one"}
+    assert (table["attention there"] == 5).all() and (table["elsewhere"] == 0.5).all()
+    assert table["nuclei"].tolist() == pytest.approx([1 / 9] * 3)
+    fig = inside.figure(FIELDS, None, seen, masks)
+    rows = np.array(fig.axes[:12]).reshape(4, 3)
+    shown = rows[1, 0].images[0].get_array()
+    assert shown.shape == (96, 96, 3) and shown[0, 0, 0] < 0.5 < shown[-1, -1, 0]
+    assert rows[2, 0].images[0].get_array().shape == (6, 6) and len(fig.axes) == 13  # and one bar
+    assert not any(ax.patches for ax in rows[0])  # no scale bar where the scale is unknown

@@ -1,4 +1,12 @@
-"""PathoROB: its three sets of tiles as tables, embeddings as its code stores them, and its robustness index."""
+"""PathoROB: its three sets of tiles as tables, images as they are given out, and its robustness index.
+
+A set is in two places. Which tiles count, and in which pairs, is in the metadata CSV of its code's repository; the
+images are Parquet shards on Hugging Face (`shards`), one row a tile, with the columns below. Sources: PathoROB's code
+at 46594e9 (extract_features.py loads the split train and its column image, data_manager.py names the others), and two
+public readers of the shards themselves, Soma's prepare_croma and waivphaet's extraction, which say how many there are,
+that (slide_id, patch_id) names a tile once and that a tile is 256 px. Unknown: how many rows the shards have in all,
+and whether they have a column subset; neither is relied upon, for the CSV says it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pathfm.benchmarks import SUFFIXES, TileSet
+from pathfm.benchmarks import SUFFIXES, TileSet, decode_all
 from pathfm.errors import InputError
 from pathfm.metrics import finite, so_os
-from pathfm.tasks import checks
+from pathfm.tasks import checks, shards
 from pathfm.tasks.task import Task
 
 FILES = {
@@ -20,6 +28,7 @@ FILES = {
 }
 K = {"pathorob_camelyon": 11, "pathorob_tcga": 61, "pathorob_tolkach": 46}  # of the published numbers
 PAIRED = {"pathorob_tcga"}  # neighbours are searched within each pair of classes and centres
+IN_SHARDS = {"slide_id": "slide_id", "patch_id": "patch_id", "biological_class": "label", "medical_center": "centre"}
 COLUMNS = ("subset", "slide_id", "patch_id", "biological_class", "medical_center")
 
 
@@ -55,20 +64,52 @@ def read(task: Task, folder: str | Path, split: str = "official", allow_partial:
 
 
 def tiles(task: Task, table: pd.DataFrame, folder: str | Path) -> TileSet:
-    """The images of a table from `read`, each tile once: <slide_id>-<patch_id>.png (or another image) below `folder`.
+    """The images of a table from `read`, each tile once, in an order of their own (see `align`).
 
-    They are given out as Parquet files; export their column image under these names. Features of the result are put
-    in the table's order by `align`. Raises InputError with what is missing.
+    folder   that of the Hugging Face data set: data/train-<number>-of-<N>.parquet, read where they lie; or images
+             below it that are named <slide_id>-<patch_id>.png (or another suffix)
+
+    Raises InputError with the shards or images that are missing, and for shards that say another class or centre than
+    the metadata.
     """
-    there = {path.stem: str(path) for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in SUFFIXES}
     once = table.drop_duplicates("file", ignore_index=True).drop(columns="subset")
-    lacking = once["file"][~once["file"].isin(there)]
+    found = shards.find(folder)
+    there = _in_shards(found, once) if found else _files(folder, once)
+    lacking = once["file"][there["path"].isna()]
     if len(lacking):
         raise InputError(
-            f"{task.name}: {len(lacking):,} of {len(once):,} images are not in {folder}, first {lacking.iloc[0]}.png"
+            f"{task.name}: {len(lacking):,} of {len(once):,} images are not in {folder}, first {lacking.iloc[0]}"
+            + ("" if found else f".png; expected data/train-00000-of-0000N.parquet from {task.url}, or images")
         )
-    good, bad = checks.decoded(once.assign(path=once["file"].map(there)))
-    return TileSet(task.name, good.assign(mpp=np.nan if task.mpp is None else task.mpp), bad)
+    if found:
+        there = there.astype({"row": int}).sort_values(["path", "row"], ignore_index=True)
+    make, check = (shards.ShardTiles, shards.check) if found else (TileSet, decode_all)
+    good, bad = checks.decoded(there, check)
+    return make(task.name, good.assign(mpp=np.nan if task.mpp is None else task.mpp), bad)
+
+
+def _files(folder: str | Path, once: pd.DataFrame) -> pd.DataFrame:
+    there = {path.stem: str(path) for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in SUFFIXES}
+    return once.assign(path=once["file"].map(there))
+
+
+def _in_shards(found: list[Path], once: pd.DataFrame) -> pd.DataFrame:
+    """The tiles with their shard (path) and place in it (row), NaN for what no shard has."""
+    listed = shards.table(found, list(IN_SHARDS)).rename(columns=IN_SHARDS)
+    listed["file"] = listed["slide_id"] + "-" + listed["patch_id"]
+    twice = listed["file"][listed["file"].duplicated()]
+    if len(twice):
+        raise InputError(f"{found[0].parent} has the tile {twice.iloc[0]} twice; are these shards of one version?")
+    both = once.merge(listed[["file", "path", "row", "label", "centre"]], "left", "file", suffixes=("", "_there"))
+    for column in ("label", "centre"):
+        other = both[both["path"].notna() & (both[column] != both[f"{column}_there"])]
+        if len(other):
+            one = other.iloc[0]
+            raise InputError(
+                f"{one.path} says {column} {one[f'{column}_there']} of tile {one.file}, the metadata {one[column]}, "
+                f"and so of {len(other) - 1} others; are both of one version?"
+            )
+    return both.drop(columns=["label_there", "centre_there"])
 
 
 def align(x: np.ndarray, tiles: TileSet, table: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:

@@ -22,6 +22,7 @@ VERBS = {
     "leaderboard": evaluating.Leaderboard,
     "instrument": study.Instrument,
     "methods": study.Methods,
+    "domains": study.Domains,
     "slide-labels": study.SlideLabels,
     "export": study.Export,
 }

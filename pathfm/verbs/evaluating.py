@@ -31,7 +31,7 @@ class Evaluate:
     decoder: str = setting("image", "of masks: image (tokens and pixels; eva's) or tokens")
     head: str = setting("abmil", "of slides: abmil (eva's), transmil, mean or max")
     slides: str = setting("", "folder of the slides, where data is a CSV of their labels")
-    images: str = setting("", "folder of PathoROB's images, where data has its metadata")
+    images: str = setting("", "folder of PathoROB's images (Parquet shards, or pictures), where data has its metadata")
     embeddings: str = setting("", "of PathoROB in place of images: <centre>.npz of features that are made already")
     layers: int = setting(1, "the last so many blocks side by side; of tiles and slides")
     precision: str = setting("float32", "float32, bfloat16, or for tiles auto: bfloat16 where a sample shows no harm")

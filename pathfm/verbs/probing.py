@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, field
 
+from pathfm.errors import InputError
 from pathfm.verbs.setting import of_input, setting
 
 MODEL = "a folder of an export, timm:<model>, hub:<owner/repo or folder>:<entry> or random:<timm model>"
@@ -114,21 +115,30 @@ class Probe:
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """write what `eva predict_fit --config` needs to probe an exported backbone on one of eva's own tasks"""
+    """write what `eva --config` needs to score an exported backbone on one of eva's tasks: tiles, masks or slides"""
 
     model: str
     task: str
     data: str
     out: str
-    protocol: str = setting("", "eva-2024, eva-2026 or eva-2026-10shot; today's for the task when empty")
+    protocol: str = setting("", "of tiles: eva-2024, eva-2026 or eva-2026-10shot; today's for the task when empty")
+    decoder: str = setting("image", "of masks: image (tokens and pixels) or tokens")
 
     def __call__(self) -> None:
         from pathlib import Path
 
-        from pathfm import eva
+        from pathfm import eva, eva_masks, eva_slides
 
-        config = eva.backbone_configuration(self.model, self.task, self.data, self.out, self.protocol)
-        print(f"eva predict_fit --config {eva.write(config, Path(self.out) / 'eva.yaml')}")
+        given, verb = (self.model, self.task, self.data, self.out), "predict_fit"
+        if self.task in eva_masks.DATASETS:
+            config, verb = eva_masks.configuration(*given, self.decoder), eva_masks.VERBS.get(self.decoder)
+        elif self.task in eva_slides.DATASETS:
+            config = eva_slides.backbone_configuration(*given)
+        else:
+            config = eva.backbone_configuration(*given, self.protocol)
+        if self.protocol and self.task not in eva.DATASETS:
+            raise InputError(f"{self.task} has one protocol in eva; leave '{self.protocol}' out")
+        print(f"eva {verb} --config {eva.write(config, Path(self.out) / 'eva.yaml')}")
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,19 @@ class Methods:
 
 
 @dataclass(frozen=True)
+class Domains:
+    """RankMe and ODCorr of what `methods` trained, in the domain and outside it; writes results/domains.csv"""
+
+    seeds: list[int] = field(metadata={"nargs": "+", "type": int, "help": "of pretraining"})
+
+    def __call__(self) -> None:
+        from pathfm import domain_study
+
+        shown = ["network", "seed", "where", "n", "d", "rankme", "odcorr", "mean_r2"]
+        print(domain_study.record(self.seeds)[shown].round(3).to_string(index=False))
+
+
+@dataclass(frozen=True)
 class Export:
     """write the teacher or student of a finished run as a folder that timm loads, with its model card"""
 
