@@ -36,6 +36,7 @@ ORAL = "oral mucosa (real)"
 RANDOM, LEAVES, TEXTURE = "random weights", "non-histology initialisation", "colour + LBP"
 LEAVES_STEPS = 400  # a third of what the arms have: dead leaves take longer to draw than tiles to read
 UNITLESS = ["odcorr", "odcorr_floor", "constants", "mean_r2"]  # what can be said of features in mixed units
+ODCORR = "ODCorr (N {:,}; dashed: independent features)"
 
 
 def sets(n: int = N) -> dict[str, TileSet]:
@@ -129,8 +130,6 @@ def points(table: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
 def figure(table: pd.DataFrame) -> Figure:
     """RankMe and ODCorr on every part at one N: a dot a seed, a colour a network.
 
-    Dashed is the ODCorr of independent features.
-
     table  of results/domains.csv
     """
     at = table[table["n"] == table["n"].min()]
@@ -138,12 +137,12 @@ def figure(table: pd.DataFrame) -> Figure:
     colours = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     colours |= {RANDOM: panels.method_colour(RANDOM), LEAVES: "black", TEXTURE: "0.6"}  # its own is an arm's
     fig, axes = plt.subplots(1, 2, figsize=(6.9, 3.0), sharey=True)
-    for ax, what, label in zip(axes, ("rankme", "odcorr"), ("RankMe", "ODCorr"), strict=True):
+    for ax, what, label in zip(axes, ("rankme", "odcorr"), ("RankMe (N {:,})", ODCORR), strict=True):
         for k, name in enumerate(names):
             rows = at[at["network"] == name]
             y = rows["where"].map(wheres.index) + 0.12 * (k - (len(names) - 1) / 2)
             ax.plot(rows[what], y, "o", ms=3.5, color=colours.get(name, "0.5"), label=name)
-        ax.set(xlabel=f"{label} (N {at['n'].iloc[0]:,})", ylim=(len(wheres) - 0.5, -0.5))
+        ax.set(xlabel=label.format(at["n"].iloc[0]), ylim=(len(wheres) - 0.5, -0.5))
         ax.set_yticks(range(len(wheres)), [where.replace(", ", ",\n") for where in wheres])
         for between in np.arange(len(wheres) - 1) + 0.5:
             ax.axhline(between, color="0.9", lw=0.8, zorder=0)
