@@ -102,11 +102,17 @@ def measure(
 
 
 def record(
-    model: str = "", workers: int = 0, heads: Sequence[str] = (), labels: Sequence[str] = (), device: str = "cpu"
+    model: str = "",
+    workers: int = 0,
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    runs: int = 0,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Draws the cohort where it is not there, embeds it, trains heads of HEADS, and writes results/bags.csv.
 
     heads, labels  of HEADS and LABELS; all where empty
+    runs           of each head; those of HEADS where 0
 
     Each row replaces its forerunner as soon as it is known; what is not asked for stays as it was recorded.
     """
@@ -117,9 +123,9 @@ def record(
     cohort = synthetic.make_cohort("bags", workers=workers or None)
     index = SlideIndex.build(cohort)
     found = list(sources(index, model or None, device=device))
-    runs = {head: HEADS[head] for head in heads or HEADS}
+    asked = {head: runs or HEADS[head] for head in heads or HEADS}
     with kept_memory(torch.device(device)):
-        for row in measure(cohort, found, runs, labels or LABELS, device=device):
+        for row in measure(cohort, found, asked, labels or LABELS, device=device):
             table = keep(row.assign(**stamp()))
     return table
 

@@ -54,6 +54,11 @@ FLOATS = 450  # of a pixel of a piece, that wait for a decoder's gradient, as me
 BYTES_AT_ONCE = {"cpu": 0, "gpu": 2**35}
 
 
+def protocol_of(images: NucleiSet) -> SegmentationProtocol:
+    """eva's, of the task that `images` is, else the defaults."""
+    return EVA.get(images.name.split(" ")[0].split(",")[0], SegmentationProtocol())
+
+
 class Pieces(NamedTuple):
     """What a decoder is trained and scored on.
 
@@ -74,6 +79,16 @@ def pieces(images: NucleiSet, rows: np.ndarray, protocol: SegmentationProtocol) 
             pixels, mask = v2.CenterCrop(protocol.input_px)(*both)
             found.append((pixels.permute(1, 2, 0).numpy(), mask.numpy(), row))
     return Pieces(*map(np.stack, zip(*found, strict=True)))
+
+
+def parts(images: NucleiSet, protocol: SegmentationProtocol) -> tuple[str, dict[str, Pieces]]:
+    """The role that is reported, test or else validate, and the pieces of it, of validate and of probe-train.
+
+    Raises InputError where no image has the role validate or probe-train.
+    """
+    rows = _roles(images)
+    role = "test" if len(rows["test"]) else "validate"
+    return role, {part: pieces(images, rows[part], protocol) for part in {"probe-train", "validate", role}}
 
 
 def _windows(images: NucleiSet, row: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -175,7 +190,7 @@ def fit(
 ) -> Segmented:
     """Decoders on the frozen tokens of `model`, trained on probe-train, stopped on validate, reported on test.
 
-    protocol    None: eva's of the task that `images` is, else the defaults
+    protocol    None: `protocol_of` the images
     preprocess  None takes the folder's; the pieces keep their size
     device      to move the model to, where the decoders are trained too; None leaves it where it is
 
@@ -184,7 +199,7 @@ def fit(
     decoder, a role without images, a size that the patch does not divide, a network without blocks, and tokens that are
     not finite.
     """
-    protocol = protocol or EVA.get(images.name.split(" ")[0].split(",")[0], SegmentationProtocol())
+    protocol = protocol or protocol_of(images)
     if protocol.decoder not in DECODERS:
         raise InputError(f"unknown decoder '{protocol.decoder}'.{nearest(protocol.decoder, DECODERS)}")
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
@@ -192,26 +207,24 @@ def fit(
         model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
     model = model.eval() if device is None else model.eval().to(device)
     seen = _Seen(model, preprocess or export.Preprocess(protocol.input_px), label)
-    rows = _roles(images)
-    role = "test" if len(rows["test"]) else "validate"
-    parts = {part: pieces(images, rows[part], protocol) for part in {"probe-train", "validate", role}}
-    seen.check(parts["validate"])
+    role, cut = parts(images, protocol)
+    seen.check(cut["validate"])
     ignored = _ignored(images)
     outputs = len(images.classes) - (ignored is not None)
-    held = {part: seen.batch(found) for part, found in parts.items() if part != "probe-train" or not protocol.crops}
+    held = {part: seen.batch(found) for part, found in cut.items() if part != "probe-train" or not protocol.crops}
     seeds = np.arange(protocol.runs) + protocol.seed
     group = _at_once(protocol, held["validate"].tokens.device)
     trained = [
-        _train(seen, images, rows, parts, held, protocol, outputs, ignored, seeds[at : at + group])
+        _train(seen, images, cut, held, protocol, outputs, ignored, seeds[at : at + group])
         for at in progress(range(0, len(seeds), group), f"{label} on {images.name}", unit="group")
     ]
     answers = np.concatenate([_predict(runs.model, runs.best, held[role], protocol) for runs in trained])
-    each, clean = (_dice(answers, parts[role].masks, images, how) for how in (False, True))
+    each, clean = (by_class(answers, cut[role].masks, images, how) for how in (False, True))
     steps, validate = (np.concatenate([getattr(runs, name) for runs in trained]) for name in ("when", "score"))
     decoder, first = trained[0].model, {name: tensor[:1] for name, tensor in trained[0].best.items()}
     asked = lambda pixels: _predict(decoder, first, seen.batch(Pieces(pixels, pixels[..., 0], None)), protocol)[0]  # noqa: E731
     told = steps, validate, protocol.window_px, asked
-    return Segmented(label, images, parts[role], role, each, clean, *told)
+    return Segmented(label, images, cut[role], role, each, clean, *told)
 
 
 class Batch(NamedTuple):
@@ -261,7 +274,7 @@ class _Seen(NamedTuple):
         return self.preprocess(pixels)
 
 
-def _train(seen, images, rows, parts, held, protocol, outputs, ignored, seeds) -> Ensemble:
+def _train(seen, images, cut, held, protocol, outputs, ignored, seeds) -> Ensemble:
     """A group of runs, side by side; `when` they were best is counted in steps."""
     tokens, chances, decoders = held["validate"].tokens, [_Chance(seed) for seed in seeds], []
     for chance in chances:
@@ -271,13 +284,13 @@ def _train(seen, images, rows, parts, held, protocol, outputs, ignored, seeds) -
     losses = torch.func.vmap(lambda logits, masks: dice_loss(logits, masks, ignored))
     while step < protocol.steps and len(runs.numbers):
         runs.model.train()
-        for batch in _epoch(seen, images, rows, held, protocol, [chances[run] for run in runs.numbers]):
+        for batch in _epoch(seen, images, held, protocol, [chances[run] for run in runs.numbers]):
             runs.step(losses(apply(runs.model, runs.state, batch.tokens, batch.images), batch.masks))
             step += 1
             if step == protocol.steps:
                 break
         answers = _predict(runs.model, runs.state, held["validate"], protocol)
-        each = _dice(answers, parts["validate"].masks, images)
+        each = by_class(answers, cut["validate"].masks, images)
         runs.look(np.array([np.nanmean(of_images(one)) for one in each]), step)
     return runs
 
@@ -302,18 +315,18 @@ def _at_once(protocol: SegmentationProtocol, device: torch.device) -> int:
     return max(1, BYTES_AT_ONCE["cpu" if device.type == "cpu" else "gpu"] // one_run)
 
 
-def _epoch(seen, images, rows, held, protocol, chances: Sequence[_Chance]) -> Iterator[Batch]:
+def _epoch(seen, images, held, protocol, chances: Sequence[_Chance]) -> Iterator[Batch]:
     """Every training piece once, in a new order of each run's own; with `crops`, of every image a new crop.
 
     A batch has a leading A, a run each.
     """
-    orders = []
+    rows, orders = _roles(images)["probe-train"], []
     for chance in chances:
         with chance.drawn():
-            orders.append(torch.randperm(len(rows["probe-train"] if protocol.crops else held["probe-train"].masks)))
+            orders.append(torch.randperm(len(rows if protocol.crops else held["probe-train"].masks)))
     for part in torch.stack(orders).split(protocol.batch_size, dim=1):
         if protocol.crops:
-            yield _crops(seen, images, rows["probe-train"], part, protocol, chances)
+            yield _crops(seen, images, rows, part, protocol, chances)
         else:
             yield held["probe-train"].at(part)
 
@@ -338,7 +351,7 @@ def _predict(decoder: nn.Module, state: dict[str, Tensor], held: Batch, protocol
     return torch.cat(found, dim=1).numpy()
 
 
-def _dice(answers: np.ndarray, truth: np.ndarray, images: NucleiSet, clean: bool = False) -> np.ndarray:
+def by_class(answers: np.ndarray, truth: np.ndarray, images: NucleiSet, clean: bool = False) -> np.ndarray:
     """(A, P, C) Dice of every run's answers (A, P, px, px) by piece and class."""
     n, ignored = len(images.classes), _ignored(images)
     return np.array([[dice(a, t, n, ignored, clean) for a, t in zip(run, truth, strict=True)] for run in answers])

@@ -129,6 +129,7 @@ class SlideLabels:
     workers: int = setting(0, "processes that draw slides; the number of cores when 0")
     heads: str = setting("", "some of abmil, mean, max and transmil; all when empty. Other rows stay as they are")
     labels: str = setting("", "some of B0 to B3, such as B1,B3; all when empty")
+    runs: int = setting(0, "of each head; 20, of transmil 3, when 0")
     device: str = setting("cpu", "of networks and heads, such as cuda")
 
     def __call__(self) -> None:
@@ -136,5 +137,5 @@ class SlideLabels:
 
         shown = ["label", "features", "head", "auc", "low", "high", "n_patients", "reason"]
         heads, labels = (tuple(filter(None, text.split(","))) for text in (self.heads, self.labels))
-        found = bag_study.record(self.model, self.workers, heads, labels, self.device)
+        found = bag_study.record(self.model, self.workers, heads, labels, self.runs, self.device)
         print(found[shown].round(3).to_string(index=False))
