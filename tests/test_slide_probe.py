@@ -97,6 +97,15 @@ def test_runs_trained_at_once_are_the_runs_trained_alone(head, n, runs, tmp_path
     assert len(set(together.epochs)) > 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("head", ["abmil", "transmil"])
+def test_heads_of_a_gpu_are_those_of_the_cpu(bags, head):
+    few = replace(QUICK, runs=2, epochs=3)
+    one, two = (fit(bags, head=head, protocol=few, device=device) for device in ("cpu", "cuda"))
+    assert np.allclose(one.logits, two.logits, atol=1e-2) and (one.epochs == two.epochs).all()
+    assert not any(tensor.is_cuda for tensor in two.state.values())
+
+
 def test_groups_of_runs_change_nothing(bags, monkeypatch):
     together = fit(bags, protocol=QUICK)
     monkeypatch.setattr(slide_probe, "BYTES_AT_ONCE", {"cpu": 1})
