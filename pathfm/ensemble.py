@@ -19,10 +19,8 @@ def apply(model: nn.Module, state: dict[str, Tensor], *inputs: Tensor, shared: b
     inputs  with a leading A, each network's own; shared: the same for all, without it
     how     as keywords, the same for all
     """
-    call = vmap(
-        lambda own, *given: functional_call(model, own, given, how), in_dims=(0, *[None if shared else 0] * len(inputs))
-    )
-    return call(state, *inputs)
+    where = (0, *[None if shared else 0] * len(inputs))
+    return vmap(lambda own, *given: functional_call(model, own, given, how), in_dims=where)(state, *inputs)
 
 
 class Ensemble:
@@ -77,7 +75,7 @@ class Ensemble:
         """Lets go of every other network, and of what the optimiser remembers of it."""
         self.numbers = self.numbers[kept]
         for name, old in self.parameters.items():
-            rows, memory = _index(kept, old), self.optimiser.state.pop(old)
+            rows, memory = _index(kept, old), self.optimiser.state.pop(old, {})
             self.parameters[name] = new = old.detach()[rows].requires_grad_()
             # The count of steps is one for all.
             self.optimiser.state[new] = {key: held[rows] if held.ndim else held for key, held in memory.items()}
