@@ -140,3 +140,13 @@ def keep(row: pd.DataFrame) -> pd.DataFrame:
         table = table.sort_values(list(keys), key=lambda column: column.map(keys[column.name]), ignore_index=True)
         write_results("bags", table)
     return table
+
+
+def by_head(table: pd.DataFrame) -> pd.DataFrame:
+    """AUC with its interval as text: a row a label and features, a column a head and its number of runs, oracle last."""
+    shown = [f"{row.auc:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in table.itertuples()]
+    heads = [f"{row.head}, {row.runs} run{'s' * (row.runs > 1)}" for row in table.itertuples()]
+    wide = table.assign(shown=shown, trained=heads).pivot(
+        index=["label", "features"], columns="trained", values="shown"
+    )
+    return wide[sorted(dict.fromkeys(heads), key=lambda name: "latent" in name)].fillna("")

@@ -118,6 +118,9 @@ def test_a_row_replaces_its_forerunner_and_leaves_all_others(tmp_path, monkeypat
         ["B1", "transmil", 0.7, 3, "1234e56789"],
     ]
     assert runs.read_results("bags")[0].equals(table)
+    shown = bag_study.by_head(table.assign(low=0.61, high=0.89))
+    assert shown.columns.tolist() == ["abmil, 20 runs", "transmil, 3 runs", "latent, 20 runs"]
+    assert shown.loc[("B1", "pretrained")].tolist() == ["0.80 [0.61, 0.89]", "0.70 [0.61, 0.89]", ""]
 
 
 def test_a_head_that_is_none_is_named_before_anything_is_drawn():
