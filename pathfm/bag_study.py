@@ -143,7 +143,7 @@ def keep(row: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_head(table: pd.DataFrame) -> pd.DataFrame:
-    """AUC with its interval as text: a row a label and features, a column a head and its number of runs, oracle last."""
+    """AUC with its interval as text: a row a label and features, a column a head and its runs, oracle last."""
     shown = [f"{row.auc:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in table.itertuples()]
     heads = [f"{row.head}, {row.runs} run{'s' * (row.runs > 1)}" for row in table.itertuples()]
     wide = table.assign(shown=shown, trained=heads).pivot(
