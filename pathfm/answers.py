@@ -18,14 +18,19 @@ TILE = ("file", "slide_id", "patient_id", "centre", "magnification", "truth")
 def table(predictions: Iterable[Prediction]) -> pd.DataFrame:
     """A row a tile: what is known of it, then a column "<features>|<probe>|<seed>" of answers for each prediction.
 
-    Raises InputError where two were tested on different tiles.
+    Of a probe that was fitted several times "<features>|<probe>|<seed>|right" has the share of its fits that are right:
+    its score is theirs, and not that of the answers that most of them give. Raises InputError where two predictions
+    were tested on different tiles.
     """
     predictions = list(predictions)
     first = predictions[0].table
     wide = first[[name for name in TILE if name in first]].reset_index(drop=True)
     for one in predictions:
         same_tiles(predictions[0], one)
-        wide[f"{one.name}|{one.probe}|{one.seed}"] = one.table["predicted"].to_numpy(str)
+        key = f"{one.name}|{one.probe}|{one.seed}"
+        wide[key] = one.table["predicted"].to_numpy(str)
+        if "right" in one.table:
+            wide[f"{key}|right"] = one.table["right"].to_numpy(float)
     return wide
 
 
@@ -67,8 +72,10 @@ def read(wide: pd.DataFrame) -> dict[str, list[Prediction]]:
     about = [name for name in wide if "|" not in name]
     found: dict[str, list[Prediction]] = {}
     for column in wide:
-        if "|" in column:
+        if column.count("|") == 2:
             name, probe, seed = column.split("|")
             rows = wide[about].assign(predicted=wide[column])
+            if f"{column}|right" in wide:
+                rows = rows.assign(right=wide[f"{column}|right"].astype(float))
             found.setdefault(name, []).append(Prediction(name, probe, rows, int(seed)))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch import nn
 
 from pathfm import bags, export, extractors, slide_probe, synthetic, vit
@@ -20,15 +22,15 @@ from pathfm.devices import kept_memory
 from pathfm.errors import InputError, nearest
 from pathfm.features import random_twin
 from pathfm.index import SlideIndex
-from pathfm.runs import stamp, write_results
+from pathfm.runs import read_results, stamp, write_results
 from pathfm.slide_probe import SlideProtocol
+from pathfm.storage import cache_dir
 
 LABELS = ("B0", "B1", "B2", "B3")  # a coin; common; subtle and rare; spatial
 # Standardised, unlike eva's: colour and texture lie between 0 and 1, and would hardly be trained as they are.
 PROTOCOL = SlideProtocol(standardise=True)
 SAMPLE = 8  # slides on which bfloat16 is compared with float32, some 360 tiles
-HEADS = {"abmil": 20, "mean": 20, "max": 20, "transmil": 3}  # runs; TransMIL's are not trained side by side
-QUICK = ("abmil", "mean")
+HEADS = {"abmil": 20, "mean": 20, "max": 20, "transmil": 3}  # runs; one of TransMIL takes a minute and more of a core
 CUT = Cut(tile_px=224, mpp=1.0)  # some 45 tiles a slide, a few minutes of one core
 
 
@@ -81,35 +83,70 @@ def measure(
     cohort: Cohort,
     found: list[Bags],
     heads: dict[str, int] = HEADS,
-    labels: tuple[str, ...] = LABELS,
+    labels: Sequence[str] = LABELS,
     protocol: SlideProtocol = PROTOCOL,
-) -> pd.DataFrame:
-    """One row a label, features and head: AUC on test with its interval by patient, in a table with the oracle's.
+    device: str = "cpu",
+) -> Iterator[pd.DataFrame]:
+    """A table of one row for each label, features and head: AUC on test with its interval by patient; and the oracle's.
 
-    heads  name -> runs
+    heads   name -> runs
+    device  of the heads
     """
-    rows = []
     for label in labels:
         if label != "B0":
-            rows.append(pd.DataFrame([oracle(cohort, label)]))
-        for one in found:
-            for head, runs in heads.items():
-                start = time.process_time()
-                row = slide_probe.table([slide_probe.fit(one, label, head, replace(protocol, runs=runs))])
-                rows.append(row.assign(seconds=round(time.process_time() - start, 1)))
-    return pd.concat(rows, ignore_index=True)
+            yield pd.DataFrame([oracle(cohort, label)])
+        for one, (head, runs) in itertools.product(found, heads.items()):
+            start = time.process_time()
+            row = slide_probe.table([slide_probe.fit(one, label, head, replace(protocol, runs=runs), device)])
+            yield row.assign(seconds=round(time.process_time() - start, 1))
 
 
-def record(model: str = "", workers: int = 0, heads: Sequence[str] = QUICK) -> pd.DataFrame:
-    """Draws the cohort where it is not there, embeds it, trains heads of HEADS, and writes results/bags.csv."""
-    strange = [head for head in heads if head not in HEADS]
-    if strange:
-        raise InputError(f"no head '{strange[0]}'.{nearest(strange[0], HEADS)}")
+def record(
+    model: str = "",
+    workers: int = 0,
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    runs: int = 0,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Draws the cohort where it is not there, embeds it, trains heads of HEADS, and writes results/bags.csv.
+
+    heads, labels  of HEADS and LABELS; all where empty
+    runs           of each head; those of HEADS where 0
+
+    Each row replaces its forerunner as soon as it is known; what is not asked for stays as it was recorded.
+    """
+    for names, known in ((heads, HEADS), (labels, LABELS)):
+        if strange := [name for name in names if name not in known]:
+            raise InputError(f"no head or label '{strange[0]}'.{nearest(strange[0], known)}")
     torch.set_num_threads(1)
     cohort = synthetic.make_cohort("bags", workers=workers or None)
     index = SlideIndex.build(cohort)
-    found = list(sources(index, model or None))
-    with kept_memory(torch.device("cpu")):
-        table = measure(cohort, found, {head: HEADS[head] for head in heads}).assign(**stamp())
-    write_results("bags", table)
+    found = list(sources(index, model or None, device=device))
+    asked = {head: runs or HEADS[head] for head in heads or HEADS}
+    with kept_memory(torch.device(device)):
+        for row in measure(cohort, found, asked, labels or LABELS, device=device):
+            table = keep(row.assign(**stamp()))
     return table
+
+
+def keep(row: pd.DataFrame) -> pd.DataFrame:
+    """results/bags.csv with this row, also where others are writing to it; rows of another generator go."""
+    with FileLock(cache_dir() / "bags.lock"):
+        table = pd.concat([read_results("bags")[0], row], ignore_index=True)
+        table = table.drop_duplicates(["label", "features", "head"], keep="last")
+        order = {name: place for place, name in enumerate(("oracle", "colour + LBP", "random weights", "pretrained"))}
+        keys = {"label": list(LABELS).index, "features": order.get, "head": ["latent", *HEADS].index}
+        table = table.sort_values(list(keys), key=lambda column: column.map(keys[column.name]), ignore_index=True)
+        write_results("bags", table)
+    return table
+
+
+def by_head(table: pd.DataFrame) -> pd.DataFrame:
+    """AUC with its interval as text: a row a label and features, a column a head and its runs, oracle last."""
+    shown = [f"{row.auc:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in table.itertuples()]
+    heads = [f"{row.head}, {row.runs} run{'s' * (row.runs > 1)}" for row in table.itertuples()]
+    wide = table.assign(shown=shown, trained=heads).pivot(
+        index=["label", "features"], columns="trained", values="shown"
+    )
+    return wide[sorted(dict.fromkeys(heads), key=lambda name: "latent" in name)].fillna("")

@@ -10,8 +10,23 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from pathfm import backbones, bags, confounding, leaderboard, probe, protocols, scores, segment, slide_probe, tasks
+from pathfm import (
+    backbones,
+    bags,
+    confounding,
+    leaderboard,
+    mask_floors,
+    probe,
+    protocols,
+    scores,
+    segment,
+    slide_probe,
+    tasks,
+)
 from pathfm.bags import Cut
 from pathfm.benchmarks import TileSet, patients
 from pathfm.errors import InputError, nearest
@@ -42,7 +57,8 @@ READ_BY = {"segmentation": "`masks` scores it", "slides": "`slide_labels` scores
 SLIDE_PX = 224  # of the tiles that a slide is cut into; eva's
 SLIDE_TILES = {"camelyon16_small": 1000, "panda_small": 200}  # a slide at most; eva's
 SLIDE_MPP = 0.5  # where a task does not say; ours
-SLIDE_FLOOR = "colour+lbp"
+SLIDE_FLOORS = ("colour", "histogram", "colour+lbp")
+SIZE = ["width_px", "height_px", "mpp", "tissue_mm2"]  # of a slide
 
 
 class Evaluated(NamedTuple):
@@ -153,13 +169,15 @@ def masks(
     device: str | None = None,
     **how,
 ) -> Evaluated:
-    """The row of a backbone on images with masks: Dice of eva's decoder, and the gain over random weights.
+    """The row of a backbone on images with masks: Dice of eva's decoder, and the gain over the best floor.
 
     images    as `tasks.read` gives them; those without roles are split by patient, by image where none is known
     protocol  None: eva's of the task; see `segment.fit`. `input_px`, where it is given, replaces its own. The row says
               "eva-2026" of the decoder "image", "eva-2026, tokens" of the other, and ", changed" of other settings
     device    of the backbone and the decoders
     others as in `evaluate`
+
+    Floors are the same decoder on random weights and those of `mask_floors`; the best is the one of highest Dice.
     """
     model, preprocess = backbones.load(backbone, **how)
     evas = segment.EVA.get(leaderboard.plain(task), SegmentationProtocol())
@@ -172,8 +190,10 @@ def masks(
         images, roles = images.split(by), f"roles drawn by {'image' if by == 'tile' else by}"
     name = name or Path(str(backbone)).name
     own = segment.fit(model, images, protocol, preprocess, name, device)
-    floor = segment.fit(random_twin(model), images, protocol, preprocess, "random weights", device)
-    dice, gain = own.interval(), own.gain(floor)
+    floors = [segment.fit(random_twin(model), images, protocol, preprocess, "random weights", device)]
+    floors += mask_floors.floors(images, protocol)
+    best = max(floors, key=lambda floor: floor.interval().value)
+    dice, gain = own.interval(), own.gain(best)
     each = [np.nanmean(of_images(run)) for run in own.each]
     row = {
         "model": _model(name, "cls", input_px=how.get("input_px")),
@@ -187,11 +207,11 @@ def masks(
         "n_tiles": len(np.unique(own.reported.row)),
         "n_patients": gain.n_patients,
         "n_quarantined": len(images.quarantined),
-        "best_floor": floor.name,
+        "best_floor": best.name,
         **{"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "verdict": gain.verdict},
         "note": "; ".join(filter(None, [own.resampled, roles, f"decoder of {protocol.decoder}"])),
     }
-    table = pd.concat([own.summary(), floor.summary()], ignore_index=True)
+    table = pd.concat([one.summary() for one in (own, *floors)], ignore_index=True)
     return Evaluated(row, table.assign(interval=own.resampled))
 
 
@@ -214,12 +234,12 @@ def slide_labels(
     slides    with roles and paths, as `tasks.read` gives them
     head      of `mil.HEADS`; the row says "eva-2026" of abmil, "eva-2026, mean" and so on of the others
     protocol  None: eva's, twenty runs; the row says ", changed" of another
-    device, layers, precision   of the backbone, as in `bags.extract`
+    device, layers, precision   of the backbone, as in `bags.extract`; the heads are trained on that device too
     others as in `evaluate`
 
-    Floors are the same head on bags of colour and texture (standardised, or it would hardly be trained) and of
-    random weights, and what cancer type alone, site alone and both say (`sites.alone`; two classes). The row and the
-    table have the AUC too where there are two classes.
+    Floors are the same head on bags of SLIDE_FLOORS (standardised, or it would hardly be trained) and of random
+    weights; chance; and of two classes what size alone (`size_alone`), cancer type alone, site alone and both say
+    (`sites.alone`). The row and the table have the AUC too where there are two classes.
     """
     model, preprocess = backbones.load(backbone, **how)
     evas, name = SlideProtocol(), name or Path(str(backbone)).name
@@ -230,16 +250,16 @@ def slide_labels(
     found = {
         name: bags.extract(model, index, cut, preprocess, pool, name, **made),
         "random weights": bags.extract(random_twin(model), index, cut, preprocess, pool, "random weights", **made),
-        "colour + LBP": bags.extract(SLIDE_FLOOR, index, cut, name="colour + LBP"),
     }
-    fits = {
-        one: slide_probe.fit(
-            bag, "label", head, replace(protocol, standardise=True) if one == "colour + LBP" else protocol
-        )
-        for one, bag in found.items()
-    }
+    by_pixels = {probe.FLOOR_NAMES[floor]: bags.extract(floor, index, cut) for floor in SLIDE_FLOORS}
+    standard = replace(protocol, standardise=True)
+    fits = {one: slide_probe.fit(bag, "label", head, protocol, device or "cpu") for one, bag in found.items()}
+    for one, bag in by_pixels.items():
+        fits[one] = slide_probe.fit(replace(bag, name=one), "label", head, standard, device or "cpu")
     own, *floors = [replace(fit.answer(), floor=one != name) for one, fit in fits.items()]
-    alone = sites.alone(slides.table) if len(slides.classes) == 2 else {}
+    alone = {"chance": pd.Series(0.0, own.table["file"])}
+    if len(slides.classes) == 2:
+        alone |= size_alone(found[name].slides) | sites.alone(slides.table)
     floors += [_by_group(own, one, said, slides.classes) for one, said in alone.items()]
     by = _protocol(head if head != "abmil" else "", "changed" if protocol != evas else "")
     own, *floors = [replace(one, probe=by) for one in (own, *floors)]
@@ -251,6 +271,21 @@ def slide_labels(
         table = table.assign(auc=areas["auc"].to_numpy())
         row |= areas.iloc[0].rename({"low": "auc_low", "high": "auc_high"}).to_dict()
     return Evaluated(row | {"note": "; ".join(filter(None, told))}, table)
+
+
+def size_alone(slides: pd.DataFrame) -> dict[str, pd.Series]:
+    """What the SIZE of slides with role test says, those of it that vary: log-odds of the second class by slide_id.
+
+    Of a logistic regression on standardised logarithms, classes weighted equally, fitted on probe-train.
+    """
+    known = [column for column in SIZE if slides[column].nunique() > 1 and (slides[column] > 0).all()]
+    if not known:
+        return {}
+    train, test = (slides["role"] == role for role in ("probe-train", "test"))
+    x = np.log(slides[known].to_numpy(float))
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    said = model.fit(x[train], slides.loc[train, "label"]).decision_function(x[test])
+    return {"size, mpp and tissue area alone": pd.Series(said, slides.loc[test, "slide_id"])}
 
 
 def _by_group(own: Prediction, name: str, said: pd.Series, classes: Sequence[str]) -> Prediction:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pathfm import ensemble
 
 WIDTH = 128  # of the projected tiles and of the attention
 MLP = (128, 64)  # hidden layers behind the pooling
@@ -26,8 +28,8 @@ class ABMIL(nn.Module):
     hidden units each, with bias, an MLP of 128 and 64; no dropout.
     """
 
-    together = True  # several runs can be trained as one batch
     lr = 1e-3
+    held = 5 * WIDTH  # floats of a tile that wait for the gradient, about
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -53,8 +55,8 @@ class ABMIL(nn.Module):
 class MeanPool(nn.Module):
     """ABMIL with equal weights: what attention adds is the difference to this."""
 
-    together = True
     lr = 1e-3
+    held = 2 * WIDTH
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -76,11 +78,12 @@ class TransMIL(nn.Module):
     """Two layers of Nystrom attention with a class token, and between them position by convolution. Shao et al. 2021.
 
     Tiles stand in the order of the grid, row after row, as a square whose end is filled up with the first tiles.
-    A bag is seen alone, so nothing pads it. Projection to 512 and ReLU, 8 heads, 256 landmarks, logits of the token.
+    Bags of one square are answered together, so nothing pads it. Projection to 512 and ReLU, 8 heads, 256 landmarks,
+    logits of the token.
     """
 
-    together = False
     lr = 2e-4  # the authors'
+    held = 40 * 512
 
     def __init__(self, width: int, outputs: int, dim: int = 512, heads: int = 8):
         super().__init__()
@@ -91,19 +94,44 @@ class TransMIL(nn.Module):
         self.position = nn.ModuleList([nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim) for k in (7, 5, 3)])
         self.head = nn.Linear(dim, outputs)
 
-    def forward(self, x: Tensor, tiles: Tensor) -> Tensor:
-        return torch.cat([self._one(bag[there][None]) for bag, there in zip(x, tiles, strict=True)])
-
-    def _one(self, x: Tensor) -> Tensor:
-        side = math.ceil(math.sqrt(x.shape[1]))
+    def forward(self, x: Tensor, tiles: Tensor, side: int | None = None) -> Tensor:
+        """x (B, N, D) and tiles (B, N) as of ABMIL; side of the square that every bag fills, None: each its own."""
+        if side is None:
+            return by_side(lambda *bags, side: self(*(one[0] for one in bags), side)[None], x[None], tiles[None])[0]
+        place = torch.arange(side**2, device=x.device) % tiles.sum(dim=1, keepdim=True)
         x = self.project(x)
-        x = torch.cat([self.token, x, x[:, : side**2 - x.shape[1]]], dim=1)
+        x = x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.layers[0](self.norms[0](x))
         square = x[:, 1:].mT.unflatten(2, (side, side))
         square = square + sum(conv(square) for conv in self.position)
         x = torch.cat([x[:, :1], square.flatten(2).mT], dim=1)
         x = x + self.layers[1](self.norms[1](x))
         return self.head(self.norms[2](x)[:, 0])
+
+
+def side_by_side(model: nn.Module, state: dict[str, Tensor], x: Tensor, tiles: Tensor) -> Tensor:
+    """(R, B, C) logits of R heads, each of its own bags x (R, B, N, D), tiles (R, B, N); state has all parameters."""
+    if isinstance(model, TransMIL):
+        return by_side(lambda *bags, side: ensemble.apply(model, state, *bags, side=side), x, tiles)
+    return ensemble.apply(model, state, x, tiles)
+
+
+def by_side(answers: Callable[..., Tensor], x: Tensor, tiles: Tensor) -> Tensor:
+    """(R, B, C) `answers` of bags x (R, B, N, D), asked about those of one square at a time.
+
+    Runs have unequally many of a square: one that has fewer is asked about other bags too, cut off, and not heard.
+    """
+    sides, found, places = tiles.sum(dim=2).sqrt().ceil().int(), [], []
+    run = torch.arange(len(x), device=x.device)[:, None]
+    for side in sides.unique().tolist():
+        here = sides == side
+        first = here.int().argsort(dim=1, descending=True, stable=True)[:, : int(here.sum(dim=1).max())]
+        said = answers(x[run, first, : side**2], tiles[run, first, : side**2], side=side)
+        heard = here[run, first]
+        found.append(said[heard])
+        places.append((run * x.shape[1] + first)[heard])
+    return torch.cat(found)[torch.cat(places).argsort()].unflatten(0, x.shape[:2])
 
 
 class NystromAttention(nn.Module):

@@ -301,7 +301,7 @@ def read_results(name: str) -> tuple[Any, int]:
     path = results_dir() / f"{name}.csv"
     if not path.is_file():
         return pd.DataFrame(), 0
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, dtype={"commit": str})  # which may look like a number
     current = table["generator"] == f"{GENERATOR_VERSION}-{generator_hash()}"
     return table[current].reset_index(drop=True), int((~current).sum())
 

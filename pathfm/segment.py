@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from pathfm import export
 from pathfm.benchmarks import patient_column, patients
+from pathfm.ensemble import Ensemble, apply
 from pathfm.errors import InputError, nearest
 from pathfm.scores import RESAMPLED, RESAMPLES, Difference, Interval, verdict
 from pathfm.segmentation import DECODERS, dice, dice_loss, of_images
@@ -47,6 +48,17 @@ EVA = {
 }
 
 
+FLOATS = 450  # of a pixel of a piece, that wait for a decoder's gradient, as measured
+# Of one step; runs are trained in groups that stay below, one at least. On a CPU one by one: convolutions in groups,
+# which five runs at once are, take there 2.4 times the seconds of five, one after another.
+BYTES_AT_ONCE = {"cpu": 0, "gpu": 2**35}
+
+
+def protocol_of(images: NucleiSet) -> SegmentationProtocol:
+    """eva's, of the task that `images` is, else the defaults."""
+    return EVA.get(images.name.split(" ")[0].split(",")[0], SegmentationProtocol())
+
+
 class Pieces(NamedTuple):
     """What a decoder is trained and scored on.
 
@@ -67,6 +79,16 @@ def pieces(images: NucleiSet, rows: np.ndarray, protocol: SegmentationProtocol) 
             pixels, mask = v2.CenterCrop(protocol.input_px)(*both)
             found.append((pixels.permute(1, 2, 0).numpy(), mask.numpy(), row))
     return Pieces(*map(np.stack, zip(*found, strict=True)))
+
+
+def parts(images: NucleiSet, protocol: SegmentationProtocol) -> tuple[str, dict[str, Pieces]]:
+    """The role that is reported, test or else validate, and the pieces of it, of validate and of probe-train.
+
+    Raises InputError where no image has the role validate or probe-train.
+    """
+    rows = _roles(images)
+    role = "test" if len(rows["test"]) else "validate"
+    return role, {part: pieces(images, rows[part], protocol) for part in {"probe-train", "validate", role}}
 
 
 def _windows(images: NucleiSet, row: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -168,15 +190,16 @@ def fit(
 ) -> Segmented:
     """Decoders on the frozen tokens of `model`, trained on probe-train, stopped on validate, reported on test.
 
-    protocol    None: eva's of the task that `images` is, else the defaults
+    protocol    None: `protocol_of` the images
     preprocess  None takes the folder's; the pieces keep their size
     device      to move the model to, where the decoders are trained too; None leaves it where it is
 
-    The tokens are those of the last block before the final norm, as eva takes them from timm. Raises InputError for
-    an unknown decoder, a role without images, a size that the patch does not divide, a network without blocks, and
-    tokens that are not finite.
+    On a GPU all runs are trained side by side, as far as they fit (BYTES_AT_ONCE), each as if it were alone. The tokens
+    are those of the last block before the final norm, as eva takes them from timm. Raises InputError for an unknown
+    decoder, a role without images, a size that the patch does not divide, a network without blocks, and tokens that are
+    not finite.
     """
-    protocol = protocol or EVA.get(images.name.split(" ")[0].split(",")[0], SegmentationProtocol())
+    protocol = protocol or protocol_of(images)
     if protocol.decoder not in DECODERS:
         raise InputError(f"unknown decoder '{protocol.decoder}'.{nearest(protocol.decoder, DECODERS)}")
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
@@ -184,27 +207,24 @@ def fit(
         model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
     model = model.eval() if device is None else model.eval().to(device)
     seen = _Seen(model, preprocess or export.Preprocess(protocol.input_px), label)
-    rows = _roles(images)
-    role = "test" if len(rows["test"]) else "validate"
-    parts = {part: pieces(images, rows[part], protocol) for part in {"probe-train", "validate", role}}
-    seen.check(parts["validate"])
-    ignored = images.classes.index(images.ignored) if images.ignored else None
+    role, cut = parts(images, protocol)
+    seen.check(cut["validate"])
+    ignored = _ignored(images)
     outputs = len(images.classes) - (ignored is not None)
-    held = {part: seen.batch(found) for part, found in parts.items() if part != "probe-train" or not protocol.crops}
-    runs = [
-        _train(seen, images, rows, parts, held, protocol, outputs, ignored, protocol.seed + run)
-        for run in progress(range(protocol.runs), f"{label} on {images.name}", unit="run")
+    held = {part: seen.batch(found) for part, found in cut.items() if part != "probe-train" or not protocol.crops}
+    seeds = np.arange(protocol.runs) + protocol.seed
+    group = _at_once(protocol, held["validate"].tokens.device)
+    trained = [
+        _train(seen, images, cut, held, protocol, outputs, ignored, seeds[at : at + group])
+        for at in progress(range(0, len(seeds), group), f"{label} on {images.name}", unit="group")
     ]
-    decoders, steps, validate = zip(*runs, strict=True)
-    answers = [_predict(decoder, held[role], protocol) for decoder in decoders]
-    truth, n = parts[role].masks, len(images.classes)
-    each, clean = (
-        np.array([[dice(a, t, n, ignored, how) for a, t in zip(run, truth, strict=True)] for run in answers])
-        for how in (False, True)
-    )
-    asked = lambda pixels: _predict(decoders[0], seen.batch(Pieces(pixels, pixels[..., 0], None)), protocol)  # noqa: E731
-    told = np.array(steps), np.array(validate), protocol.window_px, asked
-    return Segmented(label, images, parts[role], role, each, clean, *told)
+    answers = np.concatenate([_predict(runs.model, runs.best, held[role], protocol) for runs in trained])
+    each, clean = (by_class(answers, cut[role].masks, images, how) for how in (False, True))
+    steps, validate = (np.concatenate([getattr(runs, name) for runs in trained]) for name in ("when", "score"))
+    decoder, first = trained[0].model, {name: tensor[:1] for name, tensor in trained[0].best.items()}
+    asked = lambda pixels: _predict(decoder, first, seen.batch(Pieces(pixels, pixels[..., 0], None)), protocol)[0]  # noqa: E731
+    told = steps, validate, protocol.window_px, asked
+    return Segmented(label, images, cut[role], role, each, clean, *told)
 
 
 class Batch(NamedTuple):
@@ -254,56 +274,91 @@ class _Seen(NamedTuple):
         return self.preprocess(pixels)
 
 
-def _train(seen, images, rows, parts, held, protocol, outputs, ignored, seed) -> tuple[nn.Module, int, float]:
-    """One run: the decoder of its best epoch, the steps until then, its Dice on validate."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokens = held["validate"].tokens
-        decoder = DECODERS[protocol.decoder](tokens.shape[1], outputs).to(tokens.device)
-        optimiser = torch.optim.AdamW(decoder.parameters(), lr=protocol.lr)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1 / 3, protocol.slow_epochs)
-        best, score, when, waited, step = decoder, -1.0, 0, 0, 0
-        while step < protocol.steps and waited < protocol.patience:
-            decoder.train()
-            for batch in _epoch(seen, images, rows, held, protocol):
-                loss = dice_loss(decoder(batch.tokens, batch.images), batch.masks, ignored)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                step += 1
-                if step == protocol.steps:
-                    break
-            schedule.step()
-            answers = _predict(decoder, held["validate"], protocol)
-            truth, n = parts["validate"].masks, len(images.classes)
-            found = [dice(a, t, n, ignored) for a, t in zip(answers, truth, strict=True)]
-            now = float(np.nanmean(of_images(np.array(found))))
-            waited += 1
-            if now > score:
-                best, score, when, waited = copy.deepcopy(decoder), now, step, 0
-    return best.eval(), when, score
+def _train(seen, images, cut, held, protocol, outputs, ignored, seeds) -> Ensemble:
+    """A group of runs, side by side; `when` they were best is counted in steps."""
+    tokens, chances, decoders = held["validate"].tokens, [_Chance(seed) for seed in seeds], []
+    for chance in chances:
+        with chance.drawn():
+            decoders.append(DECODERS[protocol.decoder](tokens.shape[1], outputs).to(tokens.device))
+    runs, step = Ensemble(decoders, protocol.lr, protocol.slow_epochs, protocol.patience), 0
+    losses = torch.func.vmap(lambda logits, masks: dice_loss(logits, masks, ignored))
+    while step < protocol.steps and len(runs.numbers):
+        runs.model.train()
+        for batch in _epoch(seen, images, held, protocol, [chances[run] for run in runs.numbers]):
+            runs.step(losses(apply(runs.model, runs.state, batch.tokens, batch.images), batch.masks))
+            step += 1
+            if step == protocol.steps:
+                break
+        answers = _predict(runs.model, runs.state, held["validate"], protocol)
+        each = by_class(answers, cut["validate"].masks, images)
+        runs.look(np.array([np.nanmean(of_images(one)) for one in each]), step)
+    return runs
 
 
-def _epoch(seen, images, rows, held, protocol) -> Iterator[Batch]:
-    """Every training piece once, in a new order; with `crops`, of every image a new crop."""
-    if not protocol.crops:
-        order = torch.randperm(len(held["probe-train"].masks))
-        yield from (held["probe-train"].at(part) for part in order.split(protocol.batch_size))
-        return
-    crop = v2.RandomResizedCrop(protocol.input_px, antialias=True)
-    order = torch.from_numpy(rows["probe-train"])[torch.randperm(len(rows["probe-train"]))]
-    for part in order.split(protocol.batch_size):
-        cut = [crop(*_pair(images.image(int(row)), images.masks(int(row)).types)) for row in part]
-        pixels = np.stack([image.permute(1, 2, 0).numpy() for image, _ in cut])
-        yield seen.batch(Pieces(pixels, np.stack([mask.numpy() for _, mask in cut]), part.numpy()))
+class _Chance:
+    """The random numbers of one run: torch's own, which transforms draw from, kept apart from all others."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = torch.Generator().manual_seed(int(seed)).get_state()
+
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.state)
+            yield
+            self.state = torch.get_rng_state()
+
+
+def _at_once(protocol: SegmentationProtocol, device: torch.device) -> int:
+    """Runs of a group, as BYTES_AT_ONCE says."""
+    one_run = 4 * FLOATS * protocol.input_px**2 * protocol.batch_size
+    return max(1, BYTES_AT_ONCE["cpu" if device.type == "cpu" else "gpu"] // one_run)
+
+
+def _epoch(seen, images, held, protocol, chances: Sequence[_Chance]) -> Iterator[Batch]:
+    """Every training piece once, in a new order of each run's own; with `crops`, of every image a new crop.
+
+    A batch has a leading A, a run each.
+    """
+    rows, orders = _roles(images)["probe-train"], []
+    for chance in chances:
+        with chance.drawn():
+            orders.append(torch.randperm(len(rows if protocol.crops else held["probe-train"].masks)))
+    for part in torch.stack(orders).split(protocol.batch_size, dim=1):
+        if protocol.crops:
+            yield _crops(seen, images, rows, part, protocol, chances)
+        else:
+            yield held["probe-train"].at(part)
+
+
+def _crops(seen, images, rows: np.ndarray, part: Tensor, protocol, chances: Sequence[_Chance]) -> Batch:
+    """Of image rows[part], (A, B), a random crop by each run's own chance."""
+    crop, cut = v2.RandomResizedCrop(protocol.input_px, antialias=True), []
+    for chance, own in zip(chances, part, strict=True):
+        with chance.drawn():
+            cut += [crop(*_pair(images.image(row), images.masks(row).types)) for row in rows[own.numpy()].tolist()]
+    pixels, masks = (np.stack([one.numpy() for one in both]) for both in zip(*cut, strict=True))
+    found = seen.batch(Pieces(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), masks, None))
+    return Batch(*(tensor.unflatten(0, part.shape) for tensor in found))
 
 
 @torch.no_grad()
-def _predict(decoder: nn.Module, held: Batch, protocol: SegmentationProtocol) -> np.ndarray:
-    """(P, px, px) uint8 classes."""
+def _predict(decoder: nn.Module, state: dict[str, Tensor], held: Batch, protocol: SegmentationProtocol) -> np.ndarray:
+    """(A, P, px, px) uint8 classes, of the same pieces from every run."""
     decoder.eval()
     parts = zip(*(part.split(protocol.batch_size) for part in held[:2]), strict=True)
-    return torch.cat([decoder(*part).argmax(dim=1).to(torch.uint8) for part in parts]).cpu().numpy()
+    found = [apply(decoder, state, *part, shared=True).argmax(dim=2).to(torch.uint8).cpu() for part in parts]
+    return torch.cat(found, dim=1).numpy()
+
+
+def by_class(answers: np.ndarray, truth: np.ndarray, images: NucleiSet, clean: bool = False) -> np.ndarray:
+    """(A, P, C) Dice of every run's answers (A, P, px, px) by piece and class."""
+    n, ignored = len(images.classes), _ignored(images)
+    return np.array([[dice(a, t, n, ignored, clean) for a, t in zip(run, truth, strict=True)] for run in answers])
+
+
+def _ignored(images: NucleiSet) -> int | None:
+    return images.classes.index(images.ignored) if images.ignored else None
 
 
 def _roles(images: NucleiSet) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Answers go through a file unchanged, and runs of a sweep are only put side by side where they fit."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -23,6 +25,17 @@ def test_predictions_survive_the_file(tmp_path):
     assert list(found) == ["teacher", "floor"]
     assert found["teacher"][0].balanced_accuracy == TEACHER.balanced_accuracy == 0.75
     assert paired(found["teacher"], found["floor"]) == paired(TEACHER, FLOOR)
+
+
+def test_a_probe_that_was_fitted_several_times_keeps_the_score_of_its_fits(tmp_path):
+    """Three fits, of which most are right about each tile: as one vote they would score 1 and beat themselves."""
+    fits = replace(TEACHER, probe="eva-2026", table=TEACHER.table.assign(predicted=TEACHER.table["truth"], right=2 / 3))
+    answers.write(tmp_path, [fits, FLOOR])
+    found = answers.read(answers.merged([tmp_path]))
+    assert found["teacher"][0].balanced_accuracy == fits.balanced_accuracy == pytest.approx(2 / 3)
+    assert paired(found["teacher"], found["floor"]) == paired(fits, FLOOR)
+    answers.write(tmp_path / "again", [fits, FLOOR])
+    assert list(answers.read(answers.merged([tmp_path, tmp_path / "again"]))) == ["teacher", "floor"]
 
 
 def test_seeds_of_a_sweep_stand_side_by_side_and_floors_once(tmp_path):

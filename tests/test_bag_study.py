@@ -65,7 +65,8 @@ def test_a_row_a_label_and_the_coin_has_no_oracle(cohort, index, tmp_path, monke
     labels = pd.DataFrame({"slide_id": found.slides["slide_id"], "role": roles})
     labels = labels.assign(patient_id=["a", "a", "b", "b"], B0=[0, 1, 0, 1], B1=[0, 1, 0, 1])
     monkeypatch.setattr(slide_probe, "ROLES", ("probe-train", "validate"))
-    table = bag_study.measure(cohort_with(cohort, labels), [found.of(labels)], {"mean": 1}, ("B0", "B1"), QUICK)
+    rows = bag_study.measure(cohort_with(cohort, labels), [found.of(labels)], {"mean": 1}, ("B0", "B1"), QUICK)
+    table = pd.concat(rows, ignore_index=True)
     assert table[["label", "features"]].to_numpy().tolist() == [["B0", "colour"], ["B1", "oracle"], ["B1", "colour"]]
     assert table["auc"].isna().all() and table["reason"].str.contains("fewer than 10 of a class").all()
 
@@ -96,6 +97,34 @@ def test_tp53_goes_from_its_csv_to_a_score_by_fold(slides, tmp_path):
         slide_probe.fit(found, "TP53")
 
 
+def test_a_row_replaces_its_forerunner_and_leaves_all_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "results_dir", lambda: tmp_path)
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path))
+    row = {"label": "B1", "features": "pretrained", "head": "abmil", "auc": 0.7, "runs": 20}
+    row |= {"commit": "1234e56789", "date": "today", "device": "a", "generator": runs.stamp()["generator"]}
+    for changes in (
+        {},
+        {"head": "transmil", "runs": 3},
+        {"features": "oracle", "head": "latent"},
+        {"label": "B0"},
+        {"generator": "1-old", "auc": 0.1},
+        {"auc": 0.8, "commit": "later"},
+    ):
+        table = bag_study.keep(pd.DataFrame([{**row, **changes}]))
+    assert table[["label", "head", "auc", "runs", "commit"]].to_numpy().tolist() == [
+        ["B0", "abmil", 0.7, 20, "1234e56789"],
+        ["B1", "latent", 0.7, 20, "1234e56789"],
+        ["B1", "abmil", 0.8, 20, "later"],
+        ["B1", "transmil", 0.7, 3, "1234e56789"],
+    ]
+    assert runs.read_results("bags")[0].equals(table)
+    shown = bag_study.by_head(table.assign(low=0.61, high=0.89))
+    assert shown.columns.tolist() == ["abmil, 20 runs", "transmil, 3 runs", "latent, 20 runs"]
+    assert shown.loc[("B1", "pretrained")].tolist() == ["0.80 [0.61, 0.89]", "0.70 [0.61, 0.89]", ""]
+
+
 def test_a_head_that_is_none_is_named_before_anything_is_drawn():
-    with pytest.raises(InputError, match=r"no head 'abmill'.*abmil"):
+    with pytest.raises(InputError, match=r"no head or label 'abmill'.*abmil"):
         bag_study.record(heads=["mean", "abmill"])
+    with pytest.raises(InputError, match="no head or label 'B4'"):
+        bag_study.record(labels=["B4"])

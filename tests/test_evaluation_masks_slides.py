@@ -37,8 +37,11 @@ def test_masks_give_a_row_with_the_gain_over_random_weights(consep, small):
     row, table = evaluation.masks(small, consep, "consep", DECODER)
     assert (row["metric"], row["part"], row["protocol"], row["runs"]) == ("Dice", "val", "eva-2026, changed", 2)
     assert row["note"] == "by image (too narrow); decoder of image" and table["interval"][0] == "by image (too narrow)"
-    assert table["features"].tolist() == ["small", "random weights"] and table["dice"][0] == row["score"]
-    assert row["gain"] == pytest.approx(table["dice"][0] - table["dice"][1], abs=1e-9)
+    floors = ["random weights", "one class everywhere", "colour of a pixel"]
+    assert table["features"].tolist() == ["small", *floors] and table["dice"][0] == row["score"]
+    best = int(table["dice"][1:].argmax())
+    assert row["best_floor"] == floors[best]
+    assert row["gain"] == pytest.approx(table["dice"][0] - table["dice"][best + 1], abs=1e-9)
     assert row["gain_low"] <= row["gain"] <= row["gain_high"] and row["n_tiles"] == 4
     kept = leaderboard.recorded() if leaderboard.record([row]) else None
     assert kept.iloc[0][["task", "metric"]].tolist() == ["consep", "Dice"]
@@ -67,7 +70,8 @@ def labels(tmp_path):
     return csv, slides
 
 
-ALONE = ["cancer type alone", "site alone", "cancer type and site"]
+BY_PIXELS = ["colour mean and spread", "colour histogram", "colour + LBP"]
+ALONE = ["chance", "cancer type alone", "site alone", "cancer type and site"]
 
 
 def test_slides_give_a_row_of_all_runs(labels, small):
@@ -75,8 +79,9 @@ def test_slides_give_a_row_of_all_runs(labels, small):
     row, table = evaluation.slide_labels(small, slides, "tp53", protocol=HEAD)
     told = ("balanced accuracy", "test", "eva-2026, changed", 3)
     assert (row["metric"], row["part"], row["protocol"], row["runs"]) == told
-    assert table["features"].tolist() == ["small", "random weights", "colour + LBP", *ALONE]
-    assert table["floor"].tolist() == [False] + [True] * 5
+    assert table["features"].tolist() == ["small", "random weights", *BY_PIXELS, *ALONE]
+    assert table["floor"].tolist() == [False] + [True] * 8
+    assert table.set_index("features").loc["chance", "balanced_accuracy"] == 0.5
     assert table["auc"].isna().all() and np.isnan(row["auc"])  # too few of a class
     assert row["best_floor"] in set(table["features"][1:])
     assert row["note"] == "by patient; our split by site, seed 0; abmil; pool cls"
@@ -95,12 +100,23 @@ def test_the_hospital_alone_is_a_floor_with_its_auc(labels, small, monkeypatch):
     found = found.set_index("features")
     assert found.loc["site alone", ["balanced_accuracy", "auc"]].tolist() == [1, 1]
     assert found.loc["cancer type alone", ["balanced_accuracy", "auc"]].tolist() == [0.5, 0.5]
-    assert row["best_floor"] in ("site alone", "cancer type and site", "colour + LBP", "random weights")
+    assert found.loc[row["best_floor"], "balanced_accuracy"] == 1
     assert row["gain"] == pytest.approx(row["score"] - 1) and row["protocol"] == "eva-2026, mean, changed"
     assert row["auc"] == found.loc["small", "auc"] and row["auc_low"] <= row["auc"] <= row["auc_high"]
     assert "the table's own roles" in row["note"]
     kept = leaderboard.recorded() if leaderboard.record([row]) else None
     assert kept["auc"].iloc[0] == pytest.approx(row["auc"], abs=1e-4)
+
+
+def test_size_alone_says_what_size_says():
+    n = np.arange(40)
+    roles = np.array(["probe-train", "probe-train", "validate", "test"])[n % 4]
+    slides = pd.DataFrame({"slide_id": [f"s{k}" for k in n], "role": roles, "label": np.array(["a", "b"])[n // 4 % 2]})
+    slides = slides.assign(height_px=500, mpp=0.5, tissue_mm2=2.0)
+    told = evaluation.size_alone(slides.assign(width_px=np.where(slides["label"] == "b", 900, 300)))
+    test = slides[slides["role"] == "test"].set_index("slide_id")
+    assert ((told["size, mpp and tissue area alone"] > 0) == (test["label"] == "b")).all()
+    assert not evaluation.size_alone(slides.assign(width_px=700))
 
 
 def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.func import stack_module_state
 
-from pathfm.mil import ABMIL, HEADS, MaxPool, MeanPool, NystromAttention, TransMIL, inverse
+from pathfm.mil import ABMIL, HEADS, MaxPool, MeanPool, NystromAttention, TransMIL, inverse, side_by_side
 
 
 def weights(module):
@@ -85,6 +86,19 @@ def test_what_stands_behind_a_bags_end_changes_nothing(name):
     with torch.no_grad():
         together = model(x, tiles).numpy()
     assert np.allclose(together, np.stack([ask(model, short), ask(model, long)]), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [ABMIL, MaxPool, lambda d, c: TransMIL(d, c, dim=20, heads=2)])
+def test_heads_side_by_side_answer_their_own_bags(make):
+    """Bags of several squares, some of more tokens than TransMIL's ten landmarks, unequally many of them in a run."""
+    torch.manual_seed(0)
+    models = [make(7, 2) for _ in range(3)]
+    n = torch.tensor([[1, 4, 12, 9], [30, 16, 5, 2], [20, 26, 36, 40]])
+    x, tiles = torch.randn(3, 4, 40, 7), torch.arange(40) < n[..., None]
+    with torch.no_grad():
+        together = side_by_side(models[0], stack_module_state(models)[0], x, tiles).numpy()
+    for run, bag in np.ndindex(3, 4):
+        assert np.allclose(together[run, bag], ask(models[run], x[run, bag, : n[run, bag]].numpy()), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["abmil", "mean", "max"])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_features import tiny_vit
 
-from pathfm import InputError, figures, maps, nuclei_tiles, segment, tasks
+from pathfm import InputError, export, figures, maps, nuclei_tiles, segment, tasks
 from pathfm.segment import EVA, SegmentationProtocol
 from pathfm.segmentation import DECODERS, TokensOnly, WithImage, dice, dice_loss, of_images
 from pathfm.synthetic import Truth, tiny_cohort
@@ -146,6 +146,69 @@ def test_a_run_repeats(squares):
     one, two = (segment.fit(tiny_vit(), squares, protocol) for _ in range(2))
     assert np.array_equal(one.each, two.each) and np.array_equal(one.steps, two.steps)
     assert not np.array_equal(one.each[0], one.each[1])
+
+
+def alone(images, protocol: SegmentationProtocol, seed: int):
+    """A run as a plain loop would train it: the step of its best epoch, the score of validate, Dice of test."""
+    model, own = tiny_vit().eval(), protocol.input_px
+    held, vision = {}, export.Preprocess(own)
+    for role in ("probe-train", "validate", "test"):
+        cut = segment.pieces(images, np.flatnonzero(images.table["role"] == role), protocol)
+        x = vision(cut.images, resize=False)
+        with torch.no_grad():
+            tokens = model.forward_intermediates(x, indices=1, norm=False, intermediates_only=True)[0]
+        held[role] = tokens, x, torch.from_numpy(cut.masks).long()
+    torch.manual_seed(seed)
+    decoder, step, best, waited = DECODERS[protocol.decoder](tokens.shape[1], 2), 0, (0, -1.0, None), 0
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=protocol.lr)
+
+    def said(role):
+        decoder.eval()
+        with torch.no_grad():
+            answers = decoder(*held[role][:2]).argmax(dim=1).numpy()
+        return np.array([dice(a, t, 2) for a, t in zip(answers, held[role][2].numpy(), strict=True)])
+
+    for epoch in range(1000):
+        for group in optimiser.param_groups:
+            group["lr"] = protocol.lr / (3 if epoch < protocol.slow_epochs else 1)
+        decoder.train()
+        for rows in torch.randperm(len(held["probe-train"][2])).split(protocol.batch_size):
+            tokens, x, masks = (part[rows] for part in held["probe-train"])
+            loss = dice_loss(decoder(tokens, x), masks)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            step += 1
+            if step == protocol.steps:
+                break
+        now = np.mean(of_images(said("validate")))
+        best, waited = ((step, now, said("test")), 0) if now > best[1] else (best, waited + 1)
+        if step == protocol.steps or waited == protocol.patience:
+            return best
+
+
+@pytest.mark.parametrize("decoder, near", [("tokens", 1e-3), ("image", 0.03)])
+def test_runs_trained_at_once_are_the_runs_trained_alone(squares, decoder, near, monkeypatch):
+    """Ends before the last step included. In front of batch norm biases wander by rounding, hence the wider bound."""
+    how = {"input_px": 32, "steps": 24, "batch_size": 2, "patience": 2, "runs": 3, "slow_epochs": 1, "decoder": decoder}
+    protocol = SegmentationProtocol(**how)
+    monkeypatch.setattr(segment, "BYTES_AT_ONCE", {"cpu": 2**40})
+    together = segment.fit(tiny_vit(), squares, protocol)
+    for run in range(3):
+        step, score, each = alone(squares, protocol, run)
+        assert together.steps[run] == step and together.validate[run] == pytest.approx(score, abs=near)
+        assert np.allclose(together.each[run], each, atol=near)
+    assert len(set(together.steps)) > 1
+
+
+def test_crops_are_drawn_by_each_run_for_itself(squares, monkeypatch):
+    how = {"input_px": 32, "steps": 12, "batch_size": 2, "patience": 2, "runs": 2, "slow_epochs": 0, "crops": True}
+    protocol = SegmentationProtocol(decoder="tokens", **how)
+    apart = segment.fit(tiny_vit(), squares, protocol)
+    monkeypatch.setattr(segment, "BYTES_AT_ONCE", {"cpu": 2**40})
+    together = segment.fit(tiny_vit(), squares, protocol)
+    assert np.array_equal(together.steps, apart.steps) and np.allclose(together.each, apart.each, atol=1e-3)
+    assert not np.allclose(together.each[0], together.each[1], atol=1e-3)
 
 
 def test_consep_is_cut_into_windows(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,10 @@ from sklearn.metrics import roc_auc_score
 from pathfm import InputError, scores, slide_probe
 from pathfm.bags import Bags
 from pathfm.metrics import balanced_accuracy
-from pathfm.mil import ABMIL
+from pathfm.mil import HEADS
 from pathfm.slide_probe import SlideProtocol, auc, fit, table
 
+RATES = {"transmil": 2e-4}
 QUICK = SlideProtocol(runs=3, epochs=12, patience=4, batch_size=16)
 
 
@@ -42,13 +44,13 @@ def bags(tmp_path_factory):
     return made(tmp_path_factory.mktemp("bags"))
 
 
-def alone(bags: Bags, protocol: SlideProtocol, seed: int):
+def alone(bags: Bags, head: str, protocol: SlideProtocol, seed: int):
     """One run as a plain loop would train it, one bag after another without padding: best state, epoch, score."""
     y = (bags.slides["label"] == "c1").to_numpy()
     train, validate = (np.flatnonzero(bags.slides["role"] == role) for role in ("probe-train", "validate"))
     torch.manual_seed(seed)
-    model, rng = ABMIL(bags[0].shape[1], 1), np.random.default_rng(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
+    model, rng, lr = HEADS[head](bags[0].shape[1], 1), np.random.default_rng(seed), RATES.get(head, 1e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999))
     best, score, when, waited = None, -1, 0, 0
 
     def ask(row):
@@ -57,7 +59,7 @@ def alone(bags: Bags, protocol: SlideProtocol, seed: int):
 
     for epoch in range(protocol.epochs):
         for group in optimiser.param_groups:
-            group["lr"] = 1e-3 / (3 if epoch < 5 else 1)
+            group["lr"] = lr / (3 if epoch < 5 else 1)
         order = rng.permutation(train)
         for start in range(0, len(order), protocol.batch_size):
             rows = order[start : start + protocol.batch_size]
@@ -76,23 +78,37 @@ def alone(bags: Bags, protocol: SlideProtocol, seed: int):
     return best, when, score
 
 
-def test_runs_trained_at_once_are_the_runs_trained_alone(tmp_path):
+@pytest.mark.parametrize("head, n, runs", [("abmil", 60, 3), ("transmil", 36, 2)])
+def test_runs_trained_at_once_are_the_runs_trained_alone(head, n, runs, tmp_path, monkeypatch):
     """Early stopping at different epochs included: the bags are hard enough that runs differ."""
-    bags = made(tmp_path / "hard", n=60, signal=0.9)
-    together = fit(bags, head="abmil", protocol=QUICK)
-    for run in range(QUICK.runs):
-        best, when, score = alone(bags, QUICK, seed=run)
+    monkeypatch.setattr(slide_probe, "BYTES_AT_ONCE", {"cpu": 2**40})
+    bags, protocol = made(tmp_path / "hard", n=n, signal=0.9), replace(QUICK, runs=runs)
+    together = fit(bags, head=head, protocol=protocol)
+    for run in range(runs):
+        best, when, score = alone(bags, head, protocol, seed=run)
         assert together.epochs[run] == when and together.validate[run] == pytest.approx(score)
-        model = ABMIL(6, 1)
+        for name, tensor in best.items():
+            assert torch.allclose(together.state[name][run], tensor, atol=2e-4), name
+        model = HEADS[head](6, 1)
         model.load_state_dict(best)
-        logits = [model(torch.tensor(np.array(bag))[None], torch.ones(1, len(bag), dtype=torch.bool)) for bag in bags]
-        assert np.allclose(together.logits[run], torch.cat(logits).detach(), atol=1e-3)
+        with torch.no_grad():
+            said = [model(torch.tensor(np.array(bag))[None], torch.ones(1, len(bag), dtype=torch.bool)) for bag in bags]
+        assert np.allclose(together.logits[run], torch.cat(said), atol=1e-3)
     assert len(set(together.epochs)) > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("head", ["abmil", "transmil"])
+def test_heads_of_a_gpu_are_those_of_the_cpu(bags, head):
+    few = replace(QUICK, runs=2, epochs=3)
+    one, two = (fit(bags, head=head, protocol=few, device=device) for device in ("cpu", "cuda"))
+    assert np.allclose(one.logits, two.logits, atol=1e-2) and (one.epochs == two.epochs).all()
+    assert not any(tensor.is_cuda for tensor in two.state.values())
 
 
 def test_groups_of_runs_change_nothing(bags, monkeypatch):
     together = fit(bags, protocol=QUICK)
-    monkeypatch.setattr(slide_probe, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(slide_probe, "BYTES_AT_ONCE", {"cpu": 1})
     apart = fit(bags, protocol=QUICK)
     assert np.allclose(together.logits, apart.logits, atol=1e-4) and (together.epochs == apart.epochs).all()
 

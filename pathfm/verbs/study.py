@@ -140,13 +140,15 @@ class SlideLabels:
 
     model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
     workers: int = setting(0, "processes that draw slides; the number of cores when 0")
-    heads: str = setting(
-        "abmil,mean", "of abmil, mean, max and transmil; the last two are slower, and not recorded yet"
-    )
+    heads: str = setting("", "some of abmil, mean, max and transmil; all when empty. Other rows stay as they are")
+    labels: str = setting("", "some of B0 to B3, such as B1,B3; all when empty")
+    runs: int = setting(0, "of each head; 20, of transmil 3, when 0")
+    device: str = setting("cpu", "of networks and heads, such as cuda")
 
     def __call__(self) -> None:
         from pathfm import bag_study
 
         shown = ["label", "features", "head", "auc", "low", "high", "n_patients", "reason"]
-        found = bag_study.record(self.model, self.workers, self.heads.split(","))
+        heads, labels = (tuple(filter(None, text.split(","))) for text in (self.heads, self.labels))
+        found = bag_study.record(self.model, self.workers, heads, labels, self.runs, self.device)
         print(found[shown].round(3).to_string(index=False))
