@@ -38,7 +38,6 @@ class Sampling:
     position_weights: str = setting("", "folder of weight maps that WeightMaps.save wrote")
     tile_filter: str = setting("", "midnight: by colour")
     context_px: int = setting(0, "side of the image, the tile in its middle; 0: the tile alone")
-
     same_place: bool = setting(False, "each place at every mpp of the list, in as many tiles in a row")
 
     @classmethod

@@ -6,7 +6,6 @@ A compressed tile that several rectangles need is fetched once, and decoded once
 from __future__ import annotations
 
 import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pathfm import painting, stores, turbojpeg
+from pathfm.buffers import SCRATCH, image
 from pathfm.decode import Damaged, decode, in_place, whole_jpeg
 from pathfm.errors import InputError
 from pathfm.resample import extent, resample
@@ -23,7 +23,6 @@ from pathfm.source import arriving
 from pathfm.tilemap import Piece, Wanted, cover
 
 FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
-SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
 
 
 class ReadPlan(NamedTuple):
@@ -235,14 +234,14 @@ def painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Ready
     found, images, pieces, owners, streams = [], [], [], [], []
     for k in numbers:
         job, framed, own = batch.jobs[k], batch.frames[k], batch.pieces[k]
-        found.append(_image(job.height, job.width))
+        found.append(image(job.height, job.width))
         images.append(_image_row(job, framed, found[-1], len(pieces), len(own)))
         pieces += _piece_rows(job.slide, own, data[job.slide.path]() if own else {}, ready, streams)
         owners += [(piece, job.slide) for piece in own]
     images, pieces = np.array(images, painting.IMAGE), np.array(pieces, painting.PIECE)
     pieces["start"] = np.cumsum(pieces["length"]) - pieces["length"]
-    tile = _SCRATCH.tile(3 * int((images["tile_width"] * images["tile_height"]).max(initial=0)))
-    canvas = _SCRATCH.canvas(3 * int((images["width"] * images["height"]).max(initial=0)))
+    tile = SCRATCH.tile(3 * int((images["tile_width"] * images["tile_height"]).max(initial=0)))
+    canvas = SCRATCH.canvas(3 * int((images["width"] * images["height"]).max(initial=0)))
     joined = np.frombuffer(b"".join(streams), np.uint8)
     damaged = painting.paint(turbojpeg.ADDRESSES, joined, pieces, images, tile, canvas)
     if damaged >= 0:
@@ -286,56 +285,7 @@ def _peers(job: Job, framed: Frame) -> np.ndarray:
     if resampled is None:
         return canvas
     left, top, step = resampled
-    return resample(canvas, left + shift[0], top + shift[1], step, _image(job.height, job.width))
-
-
-_SPARE: list[np.ndarray] = []
-
-
-class _Recycled:
-    """Memory of one image, which goes back to `_SPARE` when the last array on it is gone.
-
-    Fresh memory costs a page fault every 4 kB, which adds a fifth to the time that decoding takes.
-    """
-
-    def __init__(self, shape: tuple[int, int, int]):
-        self.memory = None
-        while self.memory is None or self.memory.shape != shape:  # an image of another size is let go
-            try:
-                self.memory = _SPARE.pop()
-            except IndexError:
-                self.memory = np.empty(shape, np.uint8)
-        self.__array_interface__ = self.memory.__array_interface__
-
-    def __del__(self, spare=_SPARE, most=SPARE_BYTES):
-        if self.memory is not None and (len(spare) + 1) * self.memory.nbytes <= most:
-            spare.append(self.memory)
-
-
-def _image(height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8 with anything in it."""
-    return np.asarray(_Recycled((height, width, 3)))
-
-
-class _Scratch(threading.local):
-    """Memory of one thread that is used again: a decoded tile, and a canvas to resample from."""
-
-    def __init__(self):
-        self._tile = np.empty(0, np.uint8)
-        self._canvas = np.empty(0, np.uint8)
-
-    def tile(self, size: int) -> np.ndarray:
-        if self._tile.size < size:
-            self._tile = np.empty(size, np.uint8)
-        return self._tile
-
-    def canvas(self, size: int) -> np.ndarray:
-        if self._canvas.size < size:
-            self._canvas = np.empty(size, np.uint8)
-        return self._canvas
-
-
-_SCRATCH = _Scratch()
+    return resample(canvas, left + shift[0], top + shift[1], step, image(job.height, job.width))
 
 
 def _runs(function: Callable[[range], list], numbers: range, threads: int) -> list:
