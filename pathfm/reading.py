@@ -295,7 +295,7 @@ def _runs(function: Callable[[range], list], numbers: range, threads: int) -> li
     """
     if threads <= 1 or len(numbers) <= 1:
         return function(numbers)
-    run = max(1, len(numbers) // (8 * threads))
+    run = -(-len(numbers) // (4 * threads))
     runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
     return [result for results in _pool(os.getpid(), "decode", threads).map(function, runs) for result in results]
 
