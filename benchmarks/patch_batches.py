@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from pathfm import SlideIndex, TileStream, reading
+from pathfm import SlideIndex, TileStream, painting, reading
 from pathfm.augment import MultiCrop
 from pathfm.config import PretrainConfig
 from pathfm.synthetic import embedded
@@ -114,7 +114,8 @@ def first_repeat(tiles: pd.DataFrame) -> int | None:
     return None
 
 
-STAGES = ("draw and name", "find byte ranges", "fetch", "decode", "resample", "paste and the rest", "collate")
+PAINT = "decode, paste and resample"
+STAGES = ("draw and name", "find byte ranges", "fetch", PAINT, "the rest", "collate")
 
 
 class Clock:
@@ -152,9 +153,9 @@ def views() -> pd.DataFrame:
         (TileStream, "_named"): "draw and name",
         (reading, "planned"): "find byte ranges",
         (reading, "fetched"): "fetch",
-        (reading, "_decode"): "decode",
-        (reading, "resample"): "resample",
-        (TileStream, "__getitems__"): "paste and the rest",
+        (painting, "paint"): PAINT,
+        (reading, "_decoded"): PAINT,
+        (TileStream, "__getitems__"): "the rest",
     }
     before = {place: getattr(*place) for place in stages}
     for place, stage in stages.items():
