@@ -14,7 +14,7 @@ One TileStream for each place of the same slides, read as a DataLoader of no wor
 Printed is the median of each rate and, of ratios within a repeat, median and range: "of disk" is the share of the local
 speed at the same number of decoding threads, "of relay" what latency costs. Servers, relay and reader share this
 machine's cores, so that "of disk" is too low where those are all busy; "of disk by CPU" compares the CPU time of the
-reading process alone. With 128 windows in flight at most 2,560 come in a second from 50 ms away.
+reading process alone. With 192 windows in flight at most 3,840 come in a second from 50 ms away.
 
 The first table says what indexing asks of a server, and what the first tile takes. Results go to
 results/object_store.csv.

@@ -258,13 +258,13 @@ def test_a_forked_process_says_what_to_do_instead_of_waiting_for_ever(path, remo
     assert answers.get() == [data[:4]]
 
 
-def test_128_windows_are_in_flight_by_default_and_as_many_as_are_asked_for(server, remote, data, monkeypatch):
-    starts = np.arange(256) * 11_000  # 10 bytes each: none is near enough to another
-    server.gate = threading.Barrier(128)  # no request is answered before 128 are there
-    assert remote.read(starts, [10] * 256) == cut(data, starts, [10] * 256)
-    assert server.most == 128
+def test_192_windows_are_in_flight_by_default_and_as_many_as_are_asked_for(server, remote, data, monkeypatch):
+    starts = np.arange(384) * 7_000  # 10 bytes each: none is near enough to another
+    server.gate = threading.Barrier(192)  # no request is answered before 192 are there
+    assert remote.read(starts, [10] * 384) == cut(data, starts, [10] * 384)
+    assert server.most == 192
     server.gate, server.most = threading.Barrier(4), 0
-    assert read_all([(remote, starts, [10] * 256)], in_flight=4) == [cut(data, starts, [10] * 256)]
+    assert read_all([(remote, starts, [10] * 384)], in_flight=4) == [cut(data, starts, [10] * 384)]
     assert server.most == 4
     server.gate = threading.Barrier(200)
     monkeypatch.setenv("PATHFM_IN_FLIGHT", "200")
