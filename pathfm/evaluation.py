@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -109,8 +109,8 @@ def evaluate(
     protocol       of PROTOCOLS; those of ON_TEST choose on validate and answer on test
     pool           "cls", "mean" or "both"
     pretrained_on  sources joined by +, such as "TCGA+GTEx", for the column of who has seen what
-    name           on the leaderboard; the backbone's own where empty. A pool other than "cls", more layers and another
-                   input size stand behind it, so that their rows do not replace each other
+    name           on the leaderboard; the backbone's own where empty. A pool other than "cls", more layers, another
+                   input size and bfloat16 stand behind it, so that their rows do not replace each other
     device         of the backbone and of eva's heads, layers and precision: as in `features.extract`
 
     Raises InputError for an unknown protocol, patch tokens of a backbone without any, and what the probe refuses.
@@ -133,7 +133,7 @@ def evaluate(
     if not validated:  # nothing says which pooling of random weights is best
         twin = fit(extract(random_twin(model), tiles, preprocess, pool, f"random weights ({pool})", **made))
         floors.append(replace(twin, floor=True))
-    model_name = _model(name, pool, layers, how.get("input_px"))
+    model_name = _model(name, pool, layers, how.get("input_px"), features.provenance)
     row = leaderboard.row_of([answers], model_name, pretrained_on, _task(task, tiles.name), floors)
     role = answers.settings.get("reported on", "test")
     table = confounding.beside(scores.scores([answers, *floors]), [features], role)
@@ -141,9 +141,14 @@ def evaluate(
     return Evaluated(row | beside | {"note": f"{row['note']}; pool {pool}"}, table)
 
 
-def _model(name: str, pool: str, layers: int = 1, input_px: int | None = 0) -> str:
-    """A model on the leaderboard: its name and how its features were made, where that is not as usual."""
+def _model(name: str, pool: str, layers: int = 1, input_px: int | None = 0, made: Mapping | None = None) -> str:
+    """A model on the leaderboard: its name and how its features were made, where that is not as usual.
+
+    made   what the features say of themselves: the precision that was taken
+    """
     told = [pool] * (pool != "cls") + [f"{layers} layers"] * (layers != 1) + [f"{input_px} px"] * bool(input_px)
+    precision = (made or {}).get("precision", "float32")
+    told += [precision] * (precision != "float32")
     return f"{name} ({', '.join(told)})" if told else name
 
 
@@ -263,7 +268,7 @@ def slide_labels(
     floors += [_by_group(own, one, said, slides.classes) for one, said in alone.items()]
     by = _protocol(head if head != "abmil" else "", "changed" if protocol != evas else "")
     own, *floors = [replace(one, probe=by) for one in (own, *floors)]
-    model_name = _model(name, pool, layers, how.get("input_px"))
+    model_name = _model(name, pool, layers, how.get("input_px"), found[name].provenance)
     row = leaderboard.row_of([own], model_name, pretrained_on, _task(task, slides.name), floors)
     table, told = scores.scores([own, *floors]), [row["note"], slides.split, head, f"pool {pool}"]
     if len(slides.classes) == 2:
@@ -341,7 +346,8 @@ def robustness(
         model, preprocess = backbones.load(backbone, **how)
         found = extract(model, tiles, preprocess, pool, device=device, layers=layers, precision=precision)
         x, table = pathorob.align(found.x, tiles, table)
-        name, bad, note = _model(name, pool, layers, how.get("input_px")), len(tiles.quarantined), f"pool {pool}"
+        name = _model(name, pool, layers, how.get("input_px"), found.provenance)
+        bad, note = len(tiles.quarantined), f"pool {pool}"
     found = pathorob.robustness(about, x, table)
     return {
         "model": name,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pathfm.errors import InputError
 
-TILES = 256  # on their way or waiting, at most: one or two windows each, so that 192 are in flight; or one batch
+TILES = 384  # on their way or waiting, at most: one or two windows each, so that 192 are in flight; or one batch
 BYTES = 64 * 2**20  # compressed, of these tiles; or those of one batch
 
 Begin = Callable[[Sequence[int]], tuple[Any, int]]  # numbers -> a read under way, the bytes it has asked for

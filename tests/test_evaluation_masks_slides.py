@@ -157,6 +157,6 @@ def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monke
         assert main([*told, name, value]) == 2
         assert message in capsys.readouterr().err
     assert main([*told, "--precision", "bfloat16", "--pool", "mean", "--device", "cpu", "--record", "true"]) == 0
-    assert set(leaderboard.recorded().query("task == 'tp53'")["model"]) == {"small", "small (mean)"}
+    assert set(leaderboard.recorded().query("task == 'tp53'")["model"]) == {"small", "small (mean, bfloat16)"}
     assert main([*told, "--protocol", "linear"]) == 2
     assert "tp53 is scored by eva-2026 and not by 'linear'" in capsys.readouterr().err

@@ -100,9 +100,9 @@ def test_features_of_another_making_have_a_row_of_their_own(tmp_path, small, cap
     for how in ({}, {"pool": "mean"}, {"input_px": 16}, {"precision": "bfloat16"}):
         assert main(["evaluate", small, data, *told(protocol="kNN", record=True, **how)]) == 0
     kept = leaderboard.recorded()
-    assert kept["model"].tolist() == ["small (mean)", "small (16 px)", "small"]  # precision is none: it was replaced
+    assert kept["model"].tolist() == ["small", "small (mean)", "small (16 px)", "small (bfloat16)"]
     board = leaderboard.wide(leaderboard.rows("kNN"))
-    assert board["data test"].notna().all() and len(board) == 3
+    assert board["data test"].notna().all() and len(board) == 4
     assert main(["evaluate", small, data, *told(layers=2)]) == 2
     assert "1 blocks, not the 2 layers asked for" in capsys.readouterr().err
     tiles = evaluation.labelled(data)

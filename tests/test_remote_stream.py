@@ -149,10 +149,10 @@ def watched(served, cohort, tmp_path):
         yield server, TileStream(SlideIndex.build(table, tmp_path / "index", workers=0), 48, 0.5)
 
 
-def test_128_windows_are_on_their_way_while_batches_of_eight_are_decoded(watched):
-    """The server answers none before 128 are there; eight slides in a batch are at least eight windows."""
+def test_192_windows_are_on_their_way_while_batches_of_eight_are_decoded(watched):
+    """The server answers none before 192 are there; eight slides in a batch are at least eight windows."""
     server, stream = watched
-    batches = [range(k, k + 8) for k in range(0, 480, 8)]
+    batches = [range(k, k + 8) for k in range(0, 640, 8)]
     for batch in batches[:12]:
         stream.__getitems__(batch)
     server.most, server.gate = 0, threading.Barrier(IN_FLIGHT, action=lambda: setattr(server, "gate", None))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pathfm import InputError, TileSet, tasks
+from pathfm import InputError, TileSet, gdc, tasks
 from pathfm.tasks.folders import BACH_STARTS, BACH_VAL, BREAKHIS_VAL
 from pathfm.tasks.packed import shots
 
@@ -92,6 +92,7 @@ def test_msi_tiles_say_patient_slide_and_site(tmp_path):
     tiles = tasks.read(MAKE["msi_crc"](tmp_path / "data"), tmp_path / "data")
     one = tiles.table.iloc[0]
     assert one["slide_id"].startswith(one["patient_id"]) and one["site"] == one["patient_id"][5:7]
+    assert one["centre"] == gdc.source_sites()["centre"].get(one["site"], one["site"])
     assert sides(tiles) == {"probe-train": 40, "test": 40}
 
 
