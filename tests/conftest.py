@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny synthetic cohort and its index, made once per session."""
+"""Fixtures that several test files share, such as a tiny synthetic cohort and its index, made once per session."""
 
 from __future__ import annotations
 
@@ -46,3 +46,27 @@ def real_data() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="session")
+def eva_python():
+    """The interpreter that has kaiko-eva; skips without one."""
+    from pathfm import InputError, eva
+
+    try:
+        return eva.interpreter()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A small exported backbone for eva to load."""
+    import torch
+
+    from pathfm.export import export
+    from pathfm.vit import make_backbone
+
+    torch.manual_seed(0)
+    model = make_backbone("vit_small_patch16_224", "random", img_size=64, depth=2, width=48, heads=3)[0]
+    return export(model.eval(), tmp_path_factory.mktemp("eva") / "teacher")

@@ -13,25 +13,9 @@ from PIL import Image
 from pathfm import eva, heads
 from pathfm.__main__ import main
 from pathfm.errors import InputError
-from pathfm.export import export, load
+from pathfm.export import load
 from pathfm.metrics import balanced_accuracy
 from pathfm.protocols import protocol
-from pathfm.vit import make_backbone
-
-
-@pytest.fixture(scope="module")
-def python():
-    try:
-        return eva.interpreter()
-    except InputError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    torch.manual_seed(0)
-    model = make_backbone("vit_small_patch16_224", "random", img_size=64, depth=2, width=48, heads=3)[0]
-    return export(model.eval(), tmp_path_factory.mktemp("eva") / "teacher")
 
 
 def clouds(classes, signal, seed=0, sizes=(500, 250, 400), d=64):
@@ -50,13 +34,13 @@ def agree(theirs, ours):
 
 @pytest.mark.eva
 @pytest.mark.parametrize(("classes", "signal"), [(2, 0.25), (5, 0.35)])
-def test_scores_and_steps_are_those_of_eva(python, tmp_path, classes, signal):
+def test_scores_and_steps_are_those_of_eva(eva_python, tmp_path, classes, signal):
     x, y, splits = clouds(classes, signal)
     chosen = protocol("eva-2026", 500, 250, classes, max_steps=80)
     chosen = replace(chosen, lr=1e-2, patience=10)  # quick to settle: runs stop early
     files = eva.write_embeddings(tmp_path / "embeddings", x, y, splits)
     config = eva.configuration(chosen, files, tmp_path / "out", x.shape[1], classes)
-    theirs = eva.run("fit", config, python)
+    theirs = eva.run("fit", config, eva_python)
     found = heads.fit(replace(chosen, runs=20), x, y, splits["train"], splits["val"])
     test = [balanced_accuracy(y[splits["test"]], one) for one in found.answers(x, splits["test"])[0]]
     assert 0.5 < theirs["test"].mean() < 0.95 and len(theirs) == 5
@@ -67,7 +51,7 @@ def test_scores_and_steps_are_those_of_eva(python, tmp_path, classes, signal):
 
 
 @pytest.mark.eva
-def test_an_exported_backbone_runs_in_eva(python, backbone, tmp_path):
+def test_an_exported_backbone_runs_in_eva(eva_python, exported, tmp_path):
     photos = tmp_path / "bach" / "ICIAR2018_BACH_Challenge" / "Photos"
     rng, images = np.random.default_rng(0), {}
     for index, label in enumerate(("Benign", "InSitu", "Invasive", "Normal")):
@@ -76,12 +60,12 @@ def test_an_exported_backbone_runs_in_eva(python, backbone, tmp_path):
             noise = rng.normal(60 + 40 * index, 40, (64, 64, 3))
             images[f"{label}/{number:03d}"] = noise.clip(0, 255).astype(np.uint8)
             Image.fromarray(images[f"{label}/{number:03d}"]).save(photos / label / f"{number:03d}.tif")
-    config = eva.backbone_configuration(backbone, "bach", tmp_path / "bach", tmp_path / "out", max_steps=40, workers=0)
-    table = eva.run("predict_fit", config, python)
+    config = eva.backbone_configuration(exported, "bach", tmp_path / "bach", tmp_path / "out", max_steps=40, workers=0)
+    table = eva.run("predict_fit", config, eva_python)
     assert len(table) == 5 and (table["kept"] <= table["stopped"]).all() and (table["stopped"] <= 40).all()
     manifest = pd.read_csv(tmp_path / "out" / "embeddings" / "manifest.csv")
     assert manifest["split"].value_counts().to_dict() == {"train": 268, "val": 132}
-    model, preprocess = load(backbone)
+    model, preprocess = load(exported)
     with torch.inference_mode():
         ours = model(preprocess(np.stack([images[name.removesuffix(".tif")] for name in manifest["origin"]])))
     files = [torch.load(tmp_path / "out" / "embeddings" / file)[0] for file in manifest["embeddings"]]
@@ -93,8 +77,8 @@ def test_an_exported_backbone_runs_in_eva(python, backbone, tmp_path):
     assert abs(table["validate"].mean() - found.validate.mean()) <= 3 * found.validate.std(ddof=1)
 
 
-def test_the_configuration_holds_the_protocol(backbone, tmp_path):
-    config = eva.backbone_configuration(backbone, "pcam", "data", tmp_path / "out")
+def test_the_configuration_holds_the_protocol(exported, tmp_path):
+    config = eva.backbone_configuration(exported, "pcam", "data", tmp_path / "out")
     path = eva.write(config, tmp_path / "pcam.yaml")
     read = yaml.safe_load(path.read_text())
     trainer, model, data = (read[part]["init_args"] for part in ("trainer", "model", "data"))
@@ -107,18 +91,18 @@ def test_the_configuration_holds_the_protocol(backbone, tmp_path):
     )
     assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}
     assert [one["init_args"]["split"] for one in data["datasets"]["predict"]] == ["train", "val", "test"]
-    assert writer["backbone"]["init_args"]["arguments"]["model_name"] == f"local-dir:{backbone}"
+    assert writer["backbone"]["init_args"]["arguments"]["model_name"] == f"local-dir:{exported}"
     assert data["datasets"]["predict"][0]["init_args"]["transforms"]["init_args"]["size"] == 64
-    shots = eva.backbone_configuration(backbone, "pcam_10shot", "data", tmp_path)["data"]["init_args"]["samplers"]
+    shots = eva.backbone_configuration(exported, "pcam_10shot", "data", tmp_path)["data"]["init_args"]["samplers"]
     assert shots["train"]["init_args"] == {"num_samples": 10, "reset_generator": False}
 
 
-def test_the_command_line_writes_the_configuration(backbone, tmp_path, capsys):
-    assert main(["eva-config", str(backbone), "bach", "data", str(tmp_path / "out")]) == 0
+def test_the_command_line_writes_the_configuration(exported, tmp_path, capsys):
+    assert main(["eva-config", str(exported), "bach", "data", str(tmp_path / "out")]) == 0
     path = tmp_path / "out" / "eva.yaml"
     assert capsys.readouterr().out == f"eva predict_fit --config {path}\n"
-    assert yaml.safe_load(path.read_text()) == eva.backbone_configuration(backbone, "bach", "data", tmp_path / "out")
-    assert main(["eva-config", str(backbone), "bahc", "data", str(tmp_path)]) == 2
+    assert yaml.safe_load(path.read_text()) == eva.backbone_configuration(exported, "bach", "data", tmp_path / "out")
+    assert main(["eva-config", str(exported), "bahc", "data", str(tmp_path)]) == 2
     assert "Did you mean 'bach'" in capsys.readouterr().err
 
 
@@ -148,9 +132,9 @@ def test_results_name_the_steps_of_each_run(tmp_path):
     assert eva.results(tmp_path, config).to_dict("records") == [expected]
 
 
-def test_unknown_tasks_and_a_missing_eva_are_named(backbone, tmp_path, monkeypatch):
+def test_unknown_tasks_and_a_missing_eva_are_named(exported, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="Did you mean 'mhist'"):
-        eva.backbone_configuration(backbone, "mhits", "data", tmp_path)
+        eva.backbone_configuration(exported, "mhits", "data", tmp_path)
     with pytest.raises(InputError, match="no folder"):
         eva.backbone_configuration(tmp_path / "nothing", "mhist", "data", tmp_path)
     monkeypatch.setenv("PATHFM_EVA_PYTHON", str(tmp_path / "python"))

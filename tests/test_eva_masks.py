@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from miniatures import monusac
 from PIL import Image
@@ -14,25 +13,8 @@ from scipy.io import savemat
 from pathfm import eva, eva_masks, segment, tasks
 from pathfm.__main__ import main
 from pathfm.errors import InputError
-from pathfm.export import export
-from pathfm.vit import make_backbone
 
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def python():
-    try:
-        return eva.interpreter()
-    except InputError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    torch.manual_seed(0)
-    model = make_backbone("vit_small_patch16_224", "random", img_size=64, depth=2, width=48, heads=3)[0]
-    return export(model.eval(), tmp_path_factory.mktemp("eva") / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +35,18 @@ def consep(tmp_path_factory):
 
 @pytest.mark.eva
 @pytest.mark.parametrize("decoder", ["image", "tokens"])
-def test_eva_scores_a_backbone_on_masks_as_we_do(python, backbone, consep, tmp_path, decoder):
-    config = eva_masks.configuration(backbone, "consep", consep, tmp_path, decoder, steps=STEPS, workers=0)
+def test_eva_scores_a_backbone_on_masks_as_we_do(eva_python, exported, consep, tmp_path, decoder):
+    config = eva_masks.configuration(exported, "consep", consep, tmp_path, decoder, steps=STEPS, workers=0)
     config["trainer"]["init_args"]["n_runs"] = 2
-    theirs = eva_masks.results(eva.execute(eva_masks.VERBS[decoder], config, python))["validate"]
+    theirs = eva_masks.results(eva.execute(eva_masks.VERBS[decoder], config, eva_python))["validate"]
     protocol = replace(segment.EVA["consep"], steps=STEPS, runs=6, decoder=decoder, input_px=64)
-    ours = segment.fit(backbone, tasks.read("consep", consep), protocol).validate
+    ours = segment.fit(exported, tasks.read("consep", consep), protocol).validate
     assert len(theirs) == 2 and theirs.between(0.15, 0.7).all()
     assert abs(theirs.mean() - ours.mean()) <= 3 * ours.std(ddof=1)
 
 
 @pytest.mark.eva
-def test_eva_reads_monusac_by_our_configuration(python, backbone, tmp_path):
+def test_eva_reads_monusac_by_our_configuration(eva_python, exported, tmp_path):
     """On as many images as the official set has, all of them copies; eva refuses fewer."""
     folder = tmp_path / "monusac"
     monusac(folder)
@@ -73,9 +55,9 @@ def test_eva_reads_monusac_by_our_configuration(python, backbone, tmp_path):
         for i in range(n - len(files)):
             for one in (files[i % len(files)], files[i % len(files)].with_suffix(".xml")):
                 shutil.copy(one, one.with_name(f"{one.stem}_{i}{one.suffix}"))
-    config = eva_masks.configuration(backbone, "monusac", folder, tmp_path / "out", steps=4, workers=0)
+    config = eva_masks.configuration(exported, "monusac", folder, tmp_path / "out", steps=4, workers=0)
     config["trainer"]["init_args"]["n_runs"] = 1
-    out = eva.execute("fit", config, python)
+    out = eva.execute("fit", config, eva_python)
     assert eva_masks.results(out)["validate"].between(0, 1).all()
     seen = {name for name in eva.last(out)[1]["val"][0] if "monaidicescore_" in name}
     assert seen == {f"val/monaidicescore_{c.lower()}" for c in tasks.about("monusac").classes[:-1]}
@@ -86,8 +68,8 @@ def parts(config):
     return (config[part]["init_args"] for part in ("trainer", "model", "data"))
 
 
-def test_the_configuration_holds_evas_settings(backbone, tmp_path):
-    trainer, model, data = parts(eva_masks.configuration(backbone, "consep", "data", tmp_path))
+def test_the_configuration_holds_evas_settings(exported, tmp_path):
+    trainer, model, data = parts(eva_masks.configuration(exported, "consep", "data", tmp_path))
     assert (trainer["max_steps"], trainer["n_runs"], trainer["log_every_n_steps"]) == (2000, 5, 6)
     checkpoint, stopping = (one["init_args"] for one in trainer["callbacks"])
     assert stopping["patience"] == 200 and checkpoint["monitor"] == stopping["monitor"] == "val/MonaiDiceScore"
@@ -101,8 +83,8 @@ def test_the_configuration_holds_evas_settings(backbone, tmp_path):
     assert "shuffle" not in data["dataloaders"]["val"]
 
 
-def test_monusac_ignores_a_class_and_trains_on_crops(backbone, tmp_path):
-    trainer, model, data = parts(eva_masks.configuration(backbone, "monusac", "data", tmp_path))
+def test_monusac_ignores_a_class_and_trains_on_crops(exported, tmp_path):
+    trainer, model, data = parts(eva_masks.configuration(exported, "monusac", "data", tmp_path))
     assert trainer["callbacks"][1]["init_args"]["patience"] == 100
     assert model["decoder"]["init_args"]["num_classes"] == 5
     assert model["criterion"]["init_args"]["ignore_index"] == 5
@@ -112,9 +94,9 @@ def test_monusac_ignores_a_class_and_trains_on_crops(backbone, tmp_path):
     assert (train["split"], val["split"]) == ("train", "test") and train["processed_dir"] == str(tmp_path / "masks")
 
 
-def test_without_the_image_tokens_are_written_first(backbone, tmp_path):
+def test_without_the_image_tokens_are_written_first(exported, tmp_path):
     for task, keys, val in (("consep", ["coords"], "val"), ("monusac", None, "test")):
-        trainer, model, data = parts(eva_masks.configuration(backbone, task, "data", tmp_path, "tokens"))
+        trainer, model, data = parts(eva_masks.configuration(exported, task, "data", tmp_path, "tokens"))
         writer = trainer["callbacks"][-1]
         assert writer["class_path"] == "eva.callbacks.SegmentationEmbeddingsWriter"
         assert writer["init_args"].get("metadata_keys") == keys and "encoder" not in model
@@ -124,20 +106,20 @@ def test_without_the_image_tokens_are_written_first(backbone, tmp_path):
         assert "RandomResizedCrop" not in str(data)
 
 
-def test_the_command_line_writes_it_and_names_what_to_run(backbone, tmp_path, capsys):
+def test_the_command_line_writes_it_and_names_what_to_run(exported, tmp_path, capsys):
     for decoder, verb in eva_masks.VERBS.items():
         out = tmp_path / decoder
-        assert main(["eva-config", str(backbone), "consep", "data", str(out), "--decoder", decoder]) == 0
+        assert main(["eva-config", str(exported), "consep", "data", str(out), "--decoder", decoder]) == 0
         assert capsys.readouterr().out == f"eva {verb} --config {out / 'eva.yaml'}\n"
         written = yaml.safe_load((out / "eva.yaml").read_text())
-        assert written == eva_masks.configuration(backbone, "consep", "data", out, decoder)
+        assert written == eva_masks.configuration(exported, "consep", "data", out, decoder)
     for more, message in (
         (["--decoder", "imgae"], "eva's segmentation has no 'imgae'. Did you mean 'image'"),
         (["--protocol", "eva-2024"], "consep has one protocol in eva; leave 'eva-2024' out"),
     ):
-        assert main(["eva-config", str(backbone), "consep", "data", str(tmp_path), *more]) == 2
+        assert main(["eva-config", str(exported), "consep", "data", str(tmp_path), *more]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="has no 'conspe'. Did you mean 'consep'"):
-        eva_masks.configuration(backbone, "conspe", "data", tmp_path)
+        eva_masks.configuration(exported, "conspe", "data", tmp_path)
     with pytest.raises(InputError, match="holds no results of eva"):
         eva_masks.results(tmp_path / "nothing")

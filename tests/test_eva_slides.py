@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_eva_masks import backbone, parts, python  # noqa: F401
+from test_eva_masks import parts
 from test_slide_probe import made
 
 from pathfm import eva, eva_slides, slide_probe
@@ -16,12 +16,12 @@ from pathfm.errors import InputError
 
 
 @pytest.mark.eva
-def test_evas_abmil_comes_to_our_scores(python, tmp_path):  # noqa: F811
+def test_evas_abmil_comes_to_our_scores(eva_python, tmp_path):
     bags, classes = made(tmp_path / "bags", n=144, classes=3, signal=0.8), 3
     protocol = slide_probe.SlideProtocol(runs=4, epochs=12, patience=6, batch_size=16)
     folder = eva_slides.write_bags(tmp_path / "embeddings", bags)
     config = eva_slides.configuration(protocol, folder, tmp_path / "out", bags[0].shape[1], classes, tiles=16)
-    theirs = eva_slides.results(eva.execute("fit", config, python), classes)
+    theirs = eva_slides.results(eva.execute("fit", config, eva_python), classes)
     ours = slide_probe.fit(bags, protocol=replace(protocol, runs=16))
     test = [one.balanced_accuracy for one in ours.predictions()]
     assert len(theirs) == 4
@@ -38,8 +38,8 @@ def test_bags_are_written_as_eva_reads_them(tmp_path):
     assert np.array_equal(torch.load(folder / "3.pt").numpy(), bags[3])
 
 
-def test_the_configuration_holds_evas_settings(backbone, tmp_path):  # noqa: F811
-    trainer, model, data = parts(eva_slides.backbone_configuration(backbone, "camelyon16_small", "data", tmp_path))
+def test_the_configuration_holds_evas_settings(exported, tmp_path):
+    trainer, model, data = parts(eva_slides.backbone_configuration(exported, "camelyon16_small", "data", tmp_path))
     assert (trainer["max_epochs"], trainer["n_runs"]) == (100, 20) and "max_steps" not in trainer
     checkpoint, stopping, writer = (one["init_args"] for one in trainer["callbacks"])
     assert stopping["patience"] == 20 and checkpoint["monitor"] == "val/BinaryBalancedAccuracy"
@@ -52,8 +52,8 @@ def test_the_configuration_holds_evas_settings(backbone, tmp_path):  # noqa: F81
     assert [one["init_args"]["split"] for one in data["datasets"]["predict"]] == ["train", "val", "test"]
 
 
-def test_panda_has_six_grades_and_its_labels_beside_the_slides(backbone, tmp_path):  # noqa: F811
-    trainer, model, data = parts(eva_slides.backbone_configuration(backbone, "panda_small", "data", tmp_path, epochs=3))
+def test_panda_has_six_grades_and_its_labels_beside_the_slides(exported, tmp_path):
+    trainer, model, data = parts(eva_slides.backbone_configuration(exported, "panda_small", "data", tmp_path, epochs=3))
     assert trainer["callbacks"][0]["init_args"]["monitor"] == "val/MulticlassAccuracy" and trainer["max_epochs"] == 3
     assert model["head"]["init_args"]["output_size"] == 6 and model["criterion"] == "torch.nn.CrossEntropyLoss"
     assert "target_transforms" not in data["datasets"]["val"]["init_args"]
@@ -62,14 +62,14 @@ def test_panda_has_six_grades_and_its_labels_beside_the_slides(backbone, tmp_pat
     assert cut["sampler"]["init_args"] == {"max_samples": 200}
 
 
-def test_the_command_line_writes_it(backbone, tmp_path, capsys):  # noqa: F811
-    assert main(["eva-config", str(backbone), "panda_small", "data", str(tmp_path / "out")]) == 0
+def test_the_command_line_writes_it(exported, tmp_path, capsys):
+    assert main(["eva-config", str(exported), "panda_small", "data", str(tmp_path / "out")]) == 0
     path = tmp_path / "out" / "eva.yaml"
     assert capsys.readouterr().out == f"eva predict_fit --config {path}\n"
-    expected = eva_slides.backbone_configuration(backbone, "panda_small", "data", tmp_path / "out")
+    expected = eva_slides.backbone_configuration(exported, "panda_small", "data", tmp_path / "out")
     assert yaml.safe_load(path.read_text()) == expected
     with pytest.raises(InputError, match="no slides of 'panda' by this name. Did you mean 'panda_small'"):
-        eva_slides.backbone_configuration(backbone, "panda", "data", tmp_path)
+        eva_slides.backbone_configuration(exported, "panda", "data", tmp_path)
 
 
 def test_results_are_read_for_two_classes_and_more(tmp_path):
