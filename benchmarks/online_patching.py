@@ -222,11 +222,12 @@ class Floor(NamedTuple):
 
 def floor(slide: Slide, wanted: list[Job]) -> Floor:
     batch = reading.planned(wanted)
-    data, boxes, scales = reading.fetched(batch)[slide.path](), {}, {}
-    for piece in (piece for own in batch.pieces for piece in own):
-        key = piece.level, piece.tile
-        boxes[key], scales[key] = union(piece.box, boxes.get(key, piece.box)), piece.scale
-    streams = [(whole_jpeg(data[key], slide.recipe(key[0])), scales[key], boxes[key]) for key in boxes]
+    arrivals, boxes, scales, streams = reading.fetched(batch), {}, {}, {}
+    for k, piece in enumerate(batch.pieces):
+        key, box = (int(piece["level"]), int(piece["tile"])), tuple(piece[name].item() for name in reading.BOX)
+        boxes[key], scales[key] = union(box, boxes.get(key, box)), int(piece["scale"])
+        streams[key] = whole_jpeg(bytes(arrivals.compressed(k)), slide.recipe(key[0]))
+    streams = [(streams[key], scales[key], boxes[key]) for key in boxes]
     filtered = [framed for framed in batch.frames if framed.resampled]  # on the grid by chance: not
     share = np.mean([(x1 - x0) * (y1 - y0) * scale**2 / PX**2 for _, scale, (x0, y0, x1, y1) in streams])
     whole, parts = decoding(streams, simply), decoding(streams, partly if turbojpeg.LIBRARY else simply)
@@ -236,16 +237,18 @@ def floor(slide: Slide, wanted: list[Job]) -> Floor:
 def side_by_side(wanted: list[Job]) -> float:
     """How much sooner two threads are done that only decode, paste and resample, half of the tiles each."""
     batch = reading.planned(wanted)
-    data, numbers = reading.fetched(batch), range(len(wanted))
-    ready = reading.decoded_ahead(batch, data, 1)
+    arrivals, rows, numbers = reading.fetched(batch), reading.image_rows(batch), range(len(wanted))
+    ready, memory = reading.decoded_ahead(batch, rows, arrivals, 1)
 
     def seconds(runs: list[range]) -> float:
         began = time.perf_counter()
-        list(_POOL.map(lambda run: reading.painted(batch, run, data, ready), runs))
+        list(_POOL.map(lambda run: reading.painted(batch, run, rows, arrivals, ready), runs))
         return time.perf_counter() - began
 
     half = len(numbers) // 2
-    return seconds([numbers]) / seconds([numbers[:half], numbers[half:]])
+    gain = seconds([numbers]) / seconds([numbers[:half], numbers[half:]])
+    del memory  # `ready` holds addresses in it
+    return gain
 
 
 def union(a: tuple, b: tuple) -> tuple[int, int, int, int]:

@@ -154,7 +154,7 @@ def views() -> pd.DataFrame:
         (reading, "planned"): "find byte ranges",
         (reading, "fetched"): "fetch",
         (painting, "paint"): PAINT,
-        (reading, "_decoded"): PAINT,
+        (reading, "_decode"): PAINT,
         (TileStream, "__getitems__"): "the rest",
     }
     before = {place: getattr(*place) for place in stages}

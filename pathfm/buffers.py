@@ -6,52 +6,54 @@ import threading
 
 import numpy as np
 
-SPARE_BYTES = 32 * 2**20  # of images, kept for the next ones
+SPARE_BYTES = 32 * 2**20  # of each kind, kept for the next ones
 
-_SPARE: list[np.ndarray] = []
+_IMAGES: list[np.ndarray] = []
+_ROOMS: list[np.ndarray] = []
 
 
 class _Recycled:
-    """Memory of one image, which goes back to `_SPARE` when the last array on it is gone.
+    """Memory which goes back to where it is from when the last array on it is gone.
 
     Fresh memory costs a page fault every 4 kB, which adds a fifth to the time that decoding takes.
     """
 
-    def __init__(self, shape: tuple[int, int, int]):
+    def __init__(self, size: int, spare: list[np.ndarray]):
         self.memory = None
-        while self.memory is None or self.memory.shape != shape:  # an image of another size is let go
+        while self.memory is None or not size <= self.memory.size <= 4 * size:  # what does not fit is let go
             try:
-                self.memory = _SPARE.pop()
+                self.memory = spare.pop()
             except IndexError:
-                self.memory = np.empty(shape, np.uint8)
-        self.__array_interface__ = self.memory.__array_interface__
+                self.memory = np.empty(size, np.uint8)
+        self.spare, self.__array_interface__ = spare, self.memory.__array_interface__
 
-    def __del__(self, spare=_SPARE, most=SPARE_BYTES):
-        if self.memory is not None and (len(spare) + 1) * self.memory.nbytes <= most:
-            spare.append(self.memory)
+    def __del__(self, most=SPARE_BYTES):
+        if self.memory is not None and (len(self.spare) + 1) * self.memory.nbytes <= most:
+            self.spare.append(self.memory)
 
 
 def image(height: int, width: int) -> np.ndarray:
     """(height, width, 3) uint8 with anything in it."""
-    return np.asarray(_Recycled((height, width, 3)))
+    size = height * width * 3
+    return np.asarray(_Recycled(size, _IMAGES))[:size].reshape(height, width, 3)
+
+
+def room(size: int) -> np.ndarray:
+    """(size,) uint8 with anything in it, for what a batch has read or decoded."""
+    return np.asarray(_Recycled(size + size // 4, _ROOMS))[:size]  # so that another batch of its kind fits
 
 
 class _Scratch(threading.local):
-    """Memory of one thread that is used again: a decoded tile, and a canvas to resample from."""
+    """Memory of one thread that is used again, by what it is for."""
 
     def __init__(self):
-        self._tile = np.empty(0, np.uint8)
-        self._canvas = np.empty(0, np.uint8)
+        self._kept: dict[str, np.ndarray] = {}
 
-    def tile(self, size: int) -> np.ndarray:
-        if self._tile.size < size:
-            self._tile = np.empty(size, np.uint8)
-        return self._tile
-
-    def canvas(self, size: int) -> np.ndarray:
-        if self._canvas.size < size:
-            self._canvas = np.empty(size, np.uint8)
-        return self._canvas
+    def of(self, purpose: str, size: int) -> np.ndarray:
+        """At least `size` uint8 with anything in them."""
+        if purpose not in self._kept or self._kept[purpose].size < size:
+            self._kept[purpose] = np.empty(size, np.uint8)
+        return self._kept[purpose]
 
 
 SCRATCH = _Scratch()

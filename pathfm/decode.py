@@ -24,8 +24,7 @@ MARKERS = ("none", "JFIF", "Adobe")
 SCALES = (1, 2, 4, 8)  # a JPEG decodes to 1/scale of its size by leaving out the finer cosines of each block
 JPEG, JPEG2000, LZW, DEFLATE, UNCOMPRESSED = range(len(CODECS))
 
-_JFIF = b"\xff\xe0"
-_SAY_COLOUR = (_JFIF, b"\xff\xee")
+_JFIF, _ADOBE = 0xE0, 0xEE  # segments that say what the colours are
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame, all processes
 
 
@@ -123,12 +122,27 @@ def _jpeg(data: bytes, how: Recipe, scale: int, box: tuple[int, int, int, int]) 
 
 def whole_jpeg(data: bytes, how: Recipe) -> bytes:
     """The stream of a compressed tile with its tables, and a marker that says its colours."""
-    if how.as_it_is and data[2:4] == _JFIF:
-        return data
-    at = 2
-    while data[at : at + 2] in _SAY_COLOUR:  # the TIFF's own tag decides, as it does for OpenSlide
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return how.head + data[at:]
+    head, body = np.frombuffer(how.head, np.uint8), np.frombuffer(data, np.uint8)
+    out = np.empty(len(head) + len(body), np.uint8)
+    return out[: joined(head, how.as_it_is, body, out)].tobytes()
+
+
+@njit(cache=True, nogil=True)
+def joined(head, as_it_is, data, out):
+    """Write `whole_jpeg` to `out`, which has room for head and data; its length. All uint8; head, as_it_is of Recipe.
+
+    The TIFF's own tag decides on the colours, as it does for OpenSlide: what the stream says of them is left out.
+    """
+    length, at = len(data), 0
+    if not (as_it_is and length >= 4 and data[2] == 0xFF and data[3] == _JFIF):
+        at = 2
+        while at + 4 <= length and data[at] == 0xFF and (data[at + 1] == _JFIF or data[at + 1] == _ADOBE):
+            at += 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
+        at = min(at, length)
+        out[: len(head)] = head
+        out = out[len(head) :]
+    out[: length - at] = data[at:]
+    return length - at if at == 0 else len(head) + length - at
 
 
 def in_place(how: Recipe) -> bool:

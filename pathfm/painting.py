@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
+from pathfm.decode import joined
 from pathfm.resample import resample
 from pathfm.turbojpeg import WHOLE, part, pointer
 
@@ -29,39 +30,35 @@ IMAGE = np.dtype(
         ("level_height", "i8"),
         ("tile_width", "i8"),  # of its compressed tiles, before they are scaled
         ("tile_height", "i8"),
+        ("head", "i8"),  # address of what their JPEGs begin with, and its length; see decode.Recipe
+        ("head_length", "i8"),
+        ("as_it_is", "i8"),
         ("resampled", "i8"),  # 0: the canvas is the image
         ("left", "f8"),  # as `resample` takes them
         ("top", "f8"),
         ("step", "f8"),
     ]
 )
-PIECE = np.dtype(
+READY = np.dtype(
     [
-        ("start", "i8"),  # of its JPEG in `streams`
-        ("length", "i8"),
-        ("pixels", "i8"),  # or the address of its pixels, (rows, columns, 3) uint8 from (from_x, from_y) of the tile
+        ("pixels", "i8"),  # address of a piece's pixels, (rows, columns, 3) uint8; 0: it is not decoded yet
         ("columns", "i8"),
         ("rows", "i8"),
-        ("from_x", "i8"),
-        ("from_y", "i8"),
-        ("x", "i8"),  # of the tile's corner on the canvas
+        ("x", "i8"),  # of the first of them in the tile
         ("y", "i8"),
-        ("left", "i8"),  # what the canvas has of it, from its corner
-        ("top", "i8"),
-        ("right", "i8"),
-        ("bottom", "i8"),
     ]
 )
 
 
 @njit(cache=True, nogil=True)
-def paint(calls, streams, pieces, images, tile, scratch):
+def paint(calls, pieces, data, ready, images, stream, tile, scratch):
     """Fill images; the number of the first piece whose JPEG is damaged, or -1.
 
-    calls            turbojpeg.ADDRESSES
-    streams          (bytes,) uint8, whole JPEGs one after the other
-    pieces, images   (P,) PIECE and (n,) IMAGE
-    tile, scratch    uint8, room for a decoded tile and for the largest canvas that is resampled
+    calls           turbojpeg.ADDRESSES
+    pieces, ready   (P,) tilemap.PIECE and READY
+    data            (P,) int64, the addresses of their bytes
+    images          (n,) IMAGE
+    stream, tile, scratch  uint8, room for the longest JPEG, a decoded tile and the largest canvas that is resampled
     """
     for n in range(len(images)):
         image = images[n]
@@ -69,7 +66,7 @@ def paint(calls, streams, pieces, images, tile, scratch):
         canvas = out
         if image.resampled:
             canvas = scratch[: image.height * image.width * 3].reshape(image.height, image.width, 3)
-        damaged = _paste(calls, streams, pieces, image, tile, canvas)
+        damaged = _paste(calls, pieces, data, ready, image, stream, tile, canvas)
         if damaged >= 0:
             return damaged
         if image.scale > 1:
@@ -80,23 +77,24 @@ def paint(calls, streams, pieces, images, tile, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _paste(calls, streams, pieces, image, tile, canvas):
+def _paste(calls, pieces, data, ready, image, stream, tile, canvas):
     """Bring an image's pieces onto the canvas, white beyond them; the number of a damaged one, or -1."""
     covered = 0
     for k in range(image.first, image.last):
         covered += (pieces[k].right - pieces[k].left) * (pieces[k].bottom - pieces[k].top)
     if covered < image.width * image.height:
         canvas[:] = WHITE
+    head = carray(pointer(image.head), (image.head_length,))
     for k in range(image.first, image.last):
-        piece = pieces[k]
-        x, y, columns, rows = piece.from_x, piece.from_y, piece.columns, piece.rows
+        piece, done = pieces[k], ready[k]
+        x, y, columns, rows = done.x, done.y, done.columns, done.rows
         pixels = tile
-        if piece.pixels:
-            pixels = carray(pointer(piece.pixels), (rows * columns * 3,))
+        if done.pixels:
+            pixels = carray(pointer(done.pixels), (rows * columns * 3,))
         else:
-            stream = streams[piece.start : piece.start + piece.length]
+            length = joined(head, image.as_it_is, carray(pointer(data[k]), (piece.length,)), stream)
             size, box = (image.tile_width, image.tile_height), (piece.left, piece.top, piece.right, piece.bottom)
-            status, x, y, columns, rows = part(calls, stream, *size, image.scale, *box, tile)
+            status, x, y, columns, rows = part(calls, stream[:length], *size, image.scale, *box, tile)
             if status != WHOLE:
                 return k
         width = 3 * (piece.right - piece.left)

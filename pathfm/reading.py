@@ -5,6 +5,7 @@ A compressed tile that several rectangles need is fetched once, and decoded once
 
 from __future__ import annotations
 
+import ctypes
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pathfm import painting, stores, turbojpeg
-from pathfm.buffers import SCRATCH, image
-from pathfm.decode import Damaged, decode, in_place, whole_jpeg
+from pathfm.buffers import SCRATCH, image, room
+from pathfm.decode import Damaged, Recipe, decode, in_place
 from pathfm.errors import InputError
 from pathfm.resample import extent, resample
-from pathfm.source import arriving
-from pathfm.tilemap import Piece, Wanted, cover
+from pathfm.source import Landing, arriving
+from pathfm.tilemap import PIECE, Wanted, cover
 
+BOX = {"left": np.minimum, "top": np.minimum, "right": np.maximum, "bottom": np.maximum}
 FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
 
 
@@ -71,19 +73,22 @@ class Batch(NamedTuple):
 
     jobs: Sequence[Job]
     frames: list[Frame]
-    pieces: list[list[Piece]]
+    pieces: np.ndarray  # (P,) tilemap.PIECE; `wanted` is the number of the job
+    first: list[int]  # (n + 1,) where the pieces of each job begin
+    slides: list  # those that have pieces
+    files: np.ndarray  # (P,) the number in `slides` of each piece
+
+    @property
+    def bytes(self) -> int:
+        """Of compressed tiles, those that several jobs need counted for each."""
+        return int(self.pieces["length"].sum())
 
 
 class Begun(NamedTuple):
     """A batch whose bytes are on their way."""
 
     batch: Batch
-    data: dict[str, Callable[[], dict]]  # see `fetched`
-
-    @property
-    def bytes(self) -> int:
-        """Of compressed tiles, those that several jobs need counted for each."""
-        return sum(piece.length for own in self.batch.pieces for piece in own)
+    arrivals: Arrivals
 
 
 def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
@@ -102,180 +107,248 @@ def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
 
 def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
     """What `read` returns, of jobs that were begun."""
-    batch, data = begun
-    ready = decoded_ahead(batch, data, threads)
-
-    def paint(numbers: range) -> list[np.ndarray]:
-        mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
-        found = dict(zip(mapped, painted(batch, mapped, data, ready), strict=True))
-        return [found[k] if k in found else _peers(batch.jobs[k], batch.frames[k]) for k in numbers]
-
-    return _runs(paint, range(len(batch.jobs)), threads)
+    batch, arrivals = begun
+    rows = image_rows(batch)
+    ready, memory = decoded_ahead(batch, rows, arrivals, threads)
+    images = _runs(lambda some: painted(batch, some, rows, arrivals, ready), range(len(batch.jobs)), threads)
+    del memory  # `ready` holds addresses in it
+    return images
 
 
 def planned(jobs: Sequence[Job]) -> Batch:
     """What reading `jobs` takes. No file is touched."""
-    batch = Batch(jobs, [frame(job) for job in jobs], [[] for _ in jobs])
-    maps: dict[int, list[int]] = {}
+    frames = [frame(job) for job in jobs]
+    maps, slides = {}, {}
     for k, job in enumerate(jobs):
         if job.slide.tiles is not None:
             maps.setdefault(id(job.slide.tiles), []).append(k)
-    for members in maps.values():
-        tiles = jobs[members[0]].slide.tiles
-        wanted = np.array([batch.frames[k].rectangle for k in members], np.int64)
-        wanted[:, 0] += [jobs[k].slide.first_level for k in members]
-        for row in cover(tiles.levels, tiles.anchors, tiles.codes, wanted).tolist():
-            batch.pieces[members[row[0]]].append(Piece._make(row))
-    return batch
+            slides.setdefault(job.slide.path, (len(slides), job.slide))
+    found = [_pieces(jobs, frames, members) for members in maps.values()]
+    pieces = found[0] if len(found) == 1 else np.concatenate([np.empty(0, PIECE), *found])
+    if len(found) > 1:
+        pieces = pieces[np.argsort(pieces["wanted"], kind="stable")]
+    first = np.searchsorted(pieces["wanted"], np.arange(len(jobs) + 1)).tolist()
+    number = np.array([slides[job.slide.path][0] if job.slide.path in slides else -1 for job in jobs], np.int64)
+    return Batch(jobs, frames, pieces, first, [slide for _, slide in slides.values()], number[pieces["wanted"]])
 
 
-def fetched(batch: Batch, threads: int = 1) -> dict[str, Callable[[], dict[tuple[int, int], bytes]]]:
-    """For each slide by its path: a call that gives the bytes of its compressed tiles, by (level, tile).
+def _pieces(jobs: Sequence[Job], frames: list[Frame], members: list[int]) -> np.ndarray:
+    """Those of the jobs of one map."""
+    wanted = np.array([frames[k].rectangle for k in members], np.int64)
+    wanted[:, 0] += [jobs[k].slide.first_level for k in members]
+    pieces = cover(jobs[members[0]].slide.tiles, wanted)
+    pieces["wanted"] = np.array(members, np.int64)[pieces["wanted"]]
+    return pieces
 
-    All ranges of all slides are asked for at once. From a disk they are here when this returns, each thread having
-    read from some of the slides; those from elsewhere arrive while others are decoded.
+
+class Arrivals:
+    """The compressed bytes of a batch's pieces: here, or on their way.
+
+    addresses   (P,) int64, where the bytes of each piece lie in memory once `wait` has returned
     """
-    slides, wanted = {}, {}
-    for job, own in zip(batch.jobs, batch.pieces, strict=True):
-        if own:
-            slides[job.slide.path] = job.slide
-            wanted.setdefault(job.slide.path, {}).update({(p.level, p.tile): (p.start, p.length) for p in own})
-    parts, paths = {path: Future() for path in slides}, list(slides)
 
-    def arrivals(some: list[str]) -> Iterator:
-        return arriving([(slides[path].source(), *zip(*wanted[path].values(), strict=True)) for path in some])
+    def __init__(self, batch: Batch):
+        self.addresses = np.zeros(len(batch.pieces), np.int64)
+        self._batch, self._coming, self._kept = batch, {}, []
 
-    def bring(k: int) -> None:
-        _bring(arrivals(paths[k::threads]), paths[k::threads], slides, wanted, parts)
+    def wait(self, pieces: np.ndarray) -> None:
+        """Until the bytes of these pieces are here. Raises InputError where they cannot be had."""
+        if self._coming:
+            for file in self._coming.keys() & set(self._batch.files[pieces].tolist()):
+                self._coming[file].result()
 
-    if any(stores.is_address(path) for path in paths):
-        _pool(os.getpid(), "fetch", FETCHERS).submit(_bring, arrivals(paths), paths, slides, wanted, parts)
-    else:
-        _runs(lambda numbers: [bring(k) for k in numbers], range(min(threads, len(paths))), threads)
-    return {path: future.result for path, future in parts.items()}
+    def compressed(self, k: int) -> memoryview:
+        """The bytes of piece k, which are here."""
+        length = int(self._batch.pieces["length"][k])
+        return memoryview((ctypes.c_ubyte * length).from_address(int(self.addresses[k]))).cast("B")
+
+    def land(self, files: list[int], threads: int) -> None:
+        """Read all pieces of these files, which lie on a disk."""
+        batch = self._batch
+        chosen = np.flatnonzero(np.isin(batch.files, files))
+        pieces, sources = batch.pieces[chosen], [slide.source() for slide in batch.slides]
+        landing = Landing(sources, batch.files[chosen], pieces["start"], pieces["length"])
+        _shared_out(landing.bring, range(len(landing)), threads)
+        self.addresses[chosen] = landing.at + landing.buffer.ctypes.data
+        self._kept.append(landing.buffer)
+        self._check(chosen)
+
+    def ask(self, files: list[int]) -> None:
+        """Ask for all pieces of these files, which lie elsewhere, and wait for none."""
+        batch, chosen, requests = self._batch, [], []
+        for file in files:
+            chosen.append(np.flatnonzero(batch.files == file))
+            pieces = batch.pieces[chosen[-1]]
+            requests.append((batch.slides[file].source(), pieces["start"].tolist(), pieces["length"].tolist()))
+        self._coming = {file: Future() for file in files}
+        arrivals = arriving(requests)
+        _pool(os.getpid(), "fetch", FETCHERS).submit(self._take, arrivals, files, chosen)
+
+    def _take(self, arrivals: Iterator, files: list[int], chosen: list[np.ndarray]) -> None:
+        """Note what arrives of each file, or why it cannot be had."""
+        try:
+            for number, data in arrivals:
+                self._kept.append(data)
+                self.addresses[chosen[number]] = [np.frombuffer(one, np.uint8).ctypes.data for one in data]
+                self._check(chosen[number])
+                self._coming[files[number]].set_result(None)
+        except Exception as error:
+            for future in self._coming.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    def _check(self, chosen: np.ndarray) -> None:
+        """Hold these pieces against the CRC-32 that the index has of them, if any."""
+        checked = [len(slide.tiles.checks) > 0 for slide in self._batch.slides]
+        if not any(checked):
+            return
+        for k in chosen[np.array(checked)[self._batch.files[chosen]]].tolist():
+            slide, piece = self._batch.slides[self._batch.files[k]], self._batch.pieces[k]
+            at = slide.tiles.levels["tile"][piece["level"]] + piece["tile"]
+            if zlib.crc32(self.compressed(k)) != slide.tiles.checks[at]:
+                raise InputError(
+                    f"{slide.path} is damaged: compressed tile {piece['tile']} of level "
+                    f"{piece['level'] - slide.first_level} is not what it was when it was indexed (CRC-32); fetch the "
+                    "file again, or build the index again if it was changed"
+                )
 
 
-def _bring(arrivals: Iterator, paths: list[str], slides: dict, wanted: dict, parts: dict[str, Future]) -> None:
-    """Fill in the bytes of these slides, or why they cannot be had."""
-    try:
-        for number, data in arrivals:
-            path = paths[number]
-            found = dict(zip(wanted[path], data, strict=True))
-            if len(slides[path].tiles.checks):
-                _check(slides[path], found)
-            parts[path].set_result(found)
-    except Exception as error:
-        for path in paths:
-            if not parts[path].done():
-                parts[path].set_exception(error)
+def fetched(batch: Batch, threads: int = 1) -> Arrivals:
+    """The bytes of a batch's pieces, all asked for at once.
 
-
-def _check(slide, parts: dict[tuple[int, int], bytes]) -> None:
-    """Hold every compressed tile against the CRC-32 that the index has of it."""
-    for (level, tile), data in parts.items():
-        if zlib.crc32(data) != slide.tiles.checks[slide.tiles.levels["tile"][level] + tile]:
-            raise InputError(
-                f"{slide.path} is damaged: compressed tile {tile} of level {level - slide.first_level} is not what it "
-                "was when it was indexed (CRC-32); fetch the file again, or build the index again if it was changed"
-            )
-
-
-def _key(slide, piece: Piece) -> tuple:
-    return slide.path, piece.level, piece.tile, piece.scale
-
-
-class Ready(NamedTuple):
-    """Part of a compressed tile, decoded."""
-
-    pixels: np.ndarray  # (rows, columns, 3) uint8, contiguous
-    x: int  # where it begins in the tile
-    y: int
-
-
-def decoded_ahead(batch: Batch, data, threads: int) -> dict[tuple, Ready]:
-    """By _key: the compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place.
-
-    Of each the smallest box that holds what any of the jobs has of it.
+    From a disk they are here when this returns; those from elsewhere arrive while others are decoded.
     """
-    users: dict[tuple, list[tuple[Piece, Any]]] = {}
-    for job, own in zip(batch.jobs, batch.pieces, strict=True):
-        for piece in own:
-            users.setdefault(_key(job.slide, piece), []).append((piece, job.slide))
-    ahead = [
-        members
-        for members in users.values()
-        if len(members) > 1 or not in_place(members[0][1].recipe(members[0][0].level))
-    ]
-
-    def decoded(numbers: range) -> list[Ready]:
-        return [_decoded(*zip(*ahead[k], strict=True), data) for k in numbers]
-
-    keys = (_key(members[0][1], members[0][0]) for members in ahead)
-    return dict(zip(keys, _runs(decoded, range(len(ahead)), threads), strict=True))
+    arrivals = Arrivals(batch)
+    far = [file for file, slide in enumerate(batch.slides) if stores.is_address(slide.path)]
+    near = [file for file, slide in enumerate(batch.slides) if not stores.is_address(slide.path)]
+    if far:
+        arrivals.ask(far)
+    if near:
+        arrivals.land(near, threads)
+    return arrivals
 
 
-def _decoded(pieces: Sequence[Piece], slides: Sequence, data) -> Ready:
-    """A compressed tile that pieces name, as far as any of them needs it."""
-    lefts, tops, rights, bottoms = zip(*(piece.box for piece in pieces), strict=True)
-    box, piece, slide = (min(lefts), min(tops), max(rights), max(bottoms)), pieces[0], slides[0]
-    stream = data[slide.path]()[piece.level, piece.tile]
+def image_rows(batch: Batch) -> np.ndarray:
+    """(n,) painting.IMAGE of a batch's jobs, but for where their pixels go; zeros where OpenSlide reads.
+
+    A head without bytes says that `painting.paint` does not decode what the job needs.
+    """
+    rows = np.zeros(len(batch.jobs), painting.IMAGE)
+    mapped = [k for k, job in enumerate(batch.jobs) if job.slide.tiles is not None]
+    rows[mapped] = np.array([_image_row(batch, k) for k in mapped], painting.IMAGE)
+    return rows
+
+
+def _image_row(batch: Batch, k: int) -> tuple:
+    job, (rectangle, resampled), how = batch.jobs[k], batch.frames[k], _recipe(batch, k)
+    place = batch.first[k], batch.first[k + 1], 0, job.width, job.height, *rectangle[2:]
+    sizes = rectangle.scale, how.level_width, how.level_height, how.width, how.height
+    head = (np.frombuffer(how.head, np.uint8).ctypes.data, len(how.head)) if in_place(how) else (0, 0)
+    return *place, *sizes, *head, how.as_it_is, resampled is not None, *(resampled or (0.0, 0.0, 1.0))
+
+
+def _recipe(batch: Batch, k: int) -> Recipe:
+    """How the compressed tiles of a job are decoded."""
+    slide = batch.jobs[k].slide
+    return slide.recipe(slide.first_level + batch.frames[k].rectangle.level)
+
+
+def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) painting.READY, and the memory that it points to.
+
+    Ready are compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place. Of each
+    the smallest box that holds what any of the jobs has of it.
+    """
+    keys = [batch.pieces[name] for name in ("scale", "tile", "level")] + [batch.files]
+    order = np.lexsort(keys)
+    starts = np.flatnonzero(np.any([np.diff(key[order], prepend=-1) != 0 for key in keys], axis=0))
+    sizes, pieces = np.diff(starts, append=len(order)), batch.pieces[order]  # of groups that are one compressed tile
+    boxes = pieces[starts]
+    for name, reach in BOX.items():
+        boxes[name] = reach.reduceat(pieces[name], starts) if len(starts) else 0
+    wide, high = boxes["right"] - boxes["left"], boxes["bottom"] - boxes["top"]
+    ahead = (sizes > 1) | (rows["head_length"][boxes["wanted"]] == 0)
+    ends = np.cumsum(3 * wide * high * ahead)
+    memory, ready = room(int(ends[-1]) if len(ends) else 0), np.zeros(len(boxes), painting.READY)
+    ready["pixels"] = np.where(ahead, memory.ctypes.data + ends - 3 * wide * high, 0)
+    ready["columns"], ready["rows"], ready["x"], ready["y"] = wide, high, boxes["left"], boxes["top"]
+    chosen = np.flatnonzero(ahead)
+
+    def decode_some(some: range) -> None:
+        few = chosen[some.start : some.stop]
+        _decoded(batch, order[starts[few]], boxes[few], rows, arrivals, ready[few])
+
+    _shared_out(decode_some, range(len(chosen)), threads)
+    whole = np.empty(len(order), painting.READY)
+    whole[order] = np.repeat(ready, sizes)
+    return whole, memory
+
+
+def _decoded(
+    batch: Batch, numbers: np.ndarray, boxes: np.ndarray, rows: np.ndarray, arrivals, ready: np.ndarray
+) -> None:
+    """Decode the boxes (G,) PIECE of the compressed tiles of these pieces, each to where its READY says."""
+    arrivals.wait(numbers)
+    images = rows[boxes["wanted"]]
+    plain = images["head_length"] > 0
+    for k, box, to in zip(numbers[~plain].tolist(), boxes[~plain], ready[~plain], strict=True):
+        pixels = _decode(batch, k, tuple(box[name].item() for name in BOX), arrivals)
+        out = (ctypes.c_ubyte * pixels.nbytes).from_address(int(to["pixels"]))
+        np.frombuffer(out, np.uint8).reshape(pixels.shape)[:] = pixels
+    images, own, there = images[plain], boxes[plain], numbers[plain]
+    own["x"], own["y"] = -own["left"], -own["top"]
+    images["first"], images["last"] = np.arange(len(own)), np.arange(len(own)) + 1
+    images["out"], images["out_width"], images["out_height"] = (
+        ready[plain][name] for name in ("pixels", "columns", "rows")
+    )
+    images["width"], images["height"] = images["out_width"], images["out_height"]
+    images["level_width"] = images["level_height"] = images["resampled"] = 0  # nothing fades
+    damaged = _paint(images, own, arrivals.addresses[there], np.zeros(len(own), painting.READY))
+    if damaged >= 0:
+        _refuse(batch, there[damaged], own[damaged], arrivals)
+
+
+def painted(batch: Batch, numbers: range, rows: np.ndarray, arrivals: Arrivals, ready: np.ndarray) -> list[np.ndarray]:
+    """The pixels of consecutive jobs."""
+    arrivals.wait(np.arange(batch.first[numbers.start], batch.first[numbers.stop]))
+    mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
+    found = {k: image(batch.jobs[k].height, batch.jobs[k].width) for k in mapped}
+    images = rows[mapped]
+    images["out"] = [one.ctypes.data for one in found.values()]
+    damaged = _paint(images, batch.pieces, arrivals.addresses, ready)
+    if damaged >= 0:
+        _refuse(batch, damaged, batch.pieces[damaged], arrivals)
+    return [found[k] if k in found else _peers(batch.jobs[k], batch.frames[k]) for k in numbers]
+
+
+def _paint(images: np.ndarray, pieces: np.ndarray, addresses: np.ndarray, ready: np.ndarray) -> int:
+    """`painting.paint` with room for its work."""
+    if not len(images):
+        return -1
+    stream = SCRATCH.of("stream", int(pieces["length"].max(initial=0) + images["head_length"].max()))
+    tile = SCRATCH.of("tile", 3 * int((images["tile_width"] * images["tile_height"]).max()))
+    canvas = SCRATCH.of("canvas", 3 * int((images["width"] * images["height"]).max()))
+    return painting.paint(turbojpeg.ADDRESSES, pieces, addresses, ready, images, stream, tile, canvas)
+
+
+def _decode(batch: Batch, k: int, box: tuple[int, int, int, int], arrivals: Arrivals) -> np.ndarray:
+    """A box of a piece's compressed tile. Raises InputError, which names both, where it is damaged."""
+    slide, piece = batch.slides[batch.files[k]], batch.pieces[k]
     try:
-        pixels = decode(stream, slide.recipe(piece.level), piece.scale, box)
+        how = _recipe(batch, piece["wanted"])
+        return decode(bytes(arrivals.compressed(k)), how, int(piece["scale"]), box)
     except Damaged as why:
         raise InputError(
-            f"{slide.path} is damaged: compressed tile {piece.tile} of level {piece.level - slide.first_level} (bytes "
-            f"{piece.start} to {piece.start + piece.length}) {why}; fetch the file again"
+            f"{slide.path} is damaged: compressed tile {piece['tile']} of level {piece['level'] - slide.first_level} "
+            f"(bytes {piece['start']} to {piece['start'] + piece['length']}) {why}; fetch the file again"
         ) from None
-    return Ready(np.ascontiguousarray(pixels), *box[:2])
 
 
-def painted(batch: Batch, numbers: Sequence[int], data, ready: dict[tuple, Ready]) -> list[np.ndarray]:
-    """The pixels of these jobs, whose compressed tiles are known."""
-    found, images, pieces, owners, streams = [], [], [], [], []
-    for k in numbers:
-        job, framed, own = batch.jobs[k], batch.frames[k], batch.pieces[k]
-        found.append(image(job.height, job.width))
-        images.append(_image_row(job, framed, found[-1], len(pieces), len(own)))
-        pieces += _piece_rows(job.slide, own, data[job.slide.path]() if own else {}, ready, streams)
-        owners += [(piece, job.slide) for piece in own]
-    images, pieces = np.array(images, painting.IMAGE), np.array(pieces, painting.PIECE)
-    pieces["start"] = np.cumsum(pieces["length"]) - pieces["length"]
-    tile = SCRATCH.tile(3 * int((images["tile_width"] * images["tile_height"]).max(initial=0)))
-    canvas = SCRATCH.canvas(3 * int((images["width"] * images["height"]).max(initial=0)))
-    joined = np.frombuffer(b"".join(streams), np.uint8)
-    damaged = painting.paint(turbojpeg.ADDRESSES, joined, pieces, images, tile, canvas)
-    if damaged >= 0:
-        piece, slide = owners[damaged]
-        _decoded([piece], [slide], data)  # says why
-        raise InputError(f"{slide.path} is damaged: compressed tile {piece.tile}; fetch the file again")
-    return found
-
-
-def _image_row(job: Job, framed: Frame, out: np.ndarray, first: int, number: int) -> tuple:
-    """painting.IMAGE of a job that writes to `out` and has `number` pieces from `first` on."""
-    rectangle, resampled = framed
-    how = job.slide.recipe(job.slide.first_level + rectangle.level)
-    place = first, first + number, out.ctypes.data, job.width, job.height, *rectangle[2:]
-    sizes = rectangle.scale, how.level_width, how.level_height, how.width, how.height
-    return *place, *sizes, resampled is not None, *(resampled or (0.0, 0.0, 1.0))
-
-
-def _piece_rows(
-    slide, pieces: list[Piece], parts: dict, ready: dict[tuple, Ready], streams: list[bytes]
-) -> list[tuple]:
-    """painting.PIECE of each, its start still 0; JPEGs that are not decoded yet are added to `streams`."""
-    rows = []
-    for piece in pieces:
-        here = ready.get(_key(slide, piece)) if ready else None
-        if here is None:
-            stream = whole_jpeg(parts[piece.level, piece.tile], slide.recipe(piece.level))
-            streams.append(stream)
-            what = len(stream), 0, 0, 0, 0, 0
-        else:
-            height, width = here.pixels.shape[:2]
-            what = 0, here.pixels.ctypes.data, width, height, here.x, here.y
-        rows.append((0, *what, piece.x, piece.y, *piece.box))
-    return rows
+def _refuse(batch: Batch, k: int, box: np.void, arrivals: Arrivals) -> None:
+    """Say why a piece's compressed tile cannot be decoded."""
+    _decode(batch, k, tuple(box[name].item() for name in BOX), arrivals)
+    path, tile = batch.slides[batch.files[k]].path, batch.pieces["tile"][k]
+    raise InputError(f"{path} is damaged: compressed tile {tile}; fetch the file again")
 
 
 def _peers(job: Job, framed: Frame) -> np.ndarray:
@@ -289,15 +362,20 @@ def _peers(job: Job, framed: Frame) -> np.ndarray:
 
 
 def _runs(function: Callable[[range], list], numbers: range, threads: int) -> list:
-    """function of runs of numbers, which gives one result a number, in order.
+    """function of runs of numbers, which gives one result a number, in order."""
+    return [result for results in _shared_out(function, numbers, threads) for result in results]
+
+
+def _shared_out(function: Callable[[range], Any], numbers: range, threads: int) -> list:
+    """function of each run of numbers.
 
     Threads take turns at runs: long enough that they seldom meet, so short that none waits long for the last.
     """
     if threads <= 1 or len(numbers) <= 1:
-        return function(numbers)
+        return [function(numbers)]
     run = -(-len(numbers) // (4 * threads))
     runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
-    return [result for results in _pool(os.getpid(), "decode", threads).map(function, runs) for result in results]
+    return list(_pool(os.getpid(), "decode", threads).map(function, runs))
 
 
 @lru_cache(maxsize=8)

@@ -9,14 +9,19 @@ import io
 import os
 import threading
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numba import njit
+
 from pathfm import stores
+from pathfm.buffers import room
 from pathfm.errors import InputError
 from pathfm.storage import BlockFile
 from pathfm.stores import Patience
@@ -136,23 +141,36 @@ class DiskSource(Source):
     def close(self) -> None:
         _HANDLES.pop((self.path, self.tag), None)
 
-    def _fetch(self, start: int, stop: int) -> bytes:
-        """One pread; the file is looked at after it, so that bytes written meanwhile are not returned."""
+    def _fetch(self, start: int, stop: int) -> bytearray:
+        data = bytearray(stop - start)
+        self.read_into([memoryview(data)], [start])
+        return data
+
+    def read_into(self, views: Sequence[memoryview], starts: Sequence[int]) -> None:
+        """Fill each view with the bytes from its start on.
+
+        The file is looked at after that, so that bytes written meanwhile are not returned.
+        """
         try:
             handle = _handle(self.path, self.tag)
-            data = os.pread(handle.number, stop - start, start)
-            while data and len(data) < stop - start:  # a signal, or more than the system reads at once
-                more = os.pread(handle.number, stop - start - len(data), start + len(data))
-                data = data + more if more else b""
+            whole = all(_filled(handle.number, *one) for one in zip(views, starts, strict=True))
             now = _disk_tag(os.fstat(handle.number))
         except FileNotFoundError:
             raise InputError(f"{self.path} does not exist; correct its path") from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror}; check the file and its disk") from None
-        if now != self.tag or len(data) != stop - start:
+        if now != self.tag or not whole:
             self.close()
             raise InputError(stores.changed(self.path))
-        return data
+
+
+def _filled(file: int, view: memoryview, start: int) -> bool:
+    """Whether an open file held what fills the view."""
+    at = got = os.preadv(file, [view], start)
+    while got and at < len(view):  # a signal, or more than the system reads at once
+        got = os.preadv(file, [view[at:]], start + at)
+        at += got
+    return at == len(view)
 
 
 class RemoteSource(Source):
@@ -266,37 +284,99 @@ def _answers(local: list[Window], futures: dict[Future, Window]) -> Iterator[tup
 
 def plan(requests: Sequence[Request]) -> list[Window]:
     """The windows that serve all ranges; the rule stands in `read_all`. Raises InputError for a range outside."""
-    by_source = defaultdict(list)
+    sources, ranges = {}, []
     for number, (source, starts, lengths) in enumerate(requests):
+        file = sources.setdefault(source, len(sources))
         for k, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             start, stop = int(start), int(start) + int(length)
-            if not 0 <= start <= stop <= source.size:
-                raise InputError(
-                    f"{stores.shown(source.path)} has {source.size} bytes, and bytes {start} to {stop} are asked for; "
-                    "the file is damaged or its index is of another version: fetch it, or index it, again"
-                )
+            _refuse_outside(source, start, stop)
             if length:
-                by_source[source].append((start, stop, number, k))
-    return [window for source, ranges in by_source.items() for window in _merged(source, sorted(ranges))]
+                ranges.append((file, start, stop, number, k))
+    if not ranges:
+        return []
+    own, spans = merged(*np.array(ranges, np.int64)[:, :3].T)
+    named = list(sources)
+    found = [Window(named[file], start, stop, needed, []) for file, start, stop, needed in spans.tolist()]
+    for window, (_, start, stop, number, k) in sorted(zip(own.tolist(), ranges, strict=True)):
+        found[window].pieces.append((number, k, start, stop))
+    return found
 
 
-def _merged(source: Source, ranges: list[tuple[int, int, int, int]]) -> Iterator[Window]:
-    first, end, *_ = ranges[0]
-    needed, pieces = 0, []
-    for start, stop, number, k in ranges:
-        further = max(stop, end) - first
-        more = max(0, stop - max(start, end)) if pieces else stop - start
-        fits = start <= end + GAP and further <= WASTE * (needed + more) and (further <= LONGEST or start < end)
-        if pieces and not fits:
-            yield Window(source, first, end, needed, pieces)
-            first, end, needed, more, pieces = start, stop, 0, stop - start, []
-        end, needed = max(end, stop), needed + more
-        pieces.append((number, k, start, stop))
-    yield Window(source, first, end, needed, pieces)
+def _refuse_outside(source: Source, start: int, stop: int) -> None:
+    if not 0 <= start <= stop <= source.size:
+        raise InputError(
+            f"{stores.shown(source.path)} has {source.size} bytes, and bytes {start} to {stop} are asked for; "
+            "the file is damaged or its index is of another version: fetch it, or index it, again"
+        )
+
+
+def merged(files: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which window serves each range, (n,); file, start, stop and bytes needed of each window, (w, 4) int64."""
+    order = np.lexsort((stops, starts, files))
+    sorted_own, spans = _merged(files[order], starts[order], stops[order], GAP, WASTE, LONGEST)
+    own = np.empty_like(sorted_own)
+    own[order] = sorted_own
+    return own, spans
+
+
+@njit(cache=True, nogil=True)
+def _merged(files, starts, stops, gap, waste, longest):
+    own, spans, w = np.empty(len(files), np.int64), np.empty((len(files), 4), np.int64), -1
+    for k in range(len(files)):
+        start, stop, fits, more = starts[k], stops[k], False, np.int64(0)
+        if w >= 0 and spans[w, 0] == files[k]:
+            end = spans[w, 2]
+            further, more = max(stop, end) - spans[w, 1], max(0, stop - max(start, end))
+            fits = (
+                start <= end + gap and further <= waste * (spans[w, 3] + more) and (further <= longest or start < end)
+            )
+        if fits:
+            spans[w, 2], spans[w, 3] = max(spans[w, 2], stop), spans[w, 3] + more
+        else:
+            w += 1
+            spans[w, 0], spans[w, 1], spans[w, 2], spans[w, 3] = files[k], start, stop, stop - start
+        own[k] = w
+    return own, spans[: w + 1]
+
+
+class Landing:
+    """Ranges of files on disks, read into one buffer. None of them is empty.
+
+    sources                  files on disks
+    files, starts, lengths   (n,) int64: the number in `sources`, and bytes, of each range
+    buffer                   (N,) uint8, filled by `bring`
+    at                       (n,) int64, where in it each range begins
+
+    Raises InputError for a range outside of its file.
+    """
+
+    def __init__(self, sources: Sequence[DiskSource], files: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+        size = np.array([source.size for source in sources], np.int64)[files]
+        for k in np.flatnonzero((starts < 0) | (lengths < 0) | (starts > size - lengths)):
+            _refuse_outside(sources[files[k]], int(starts[k]), int(starts[k]) + int(lengths[k]))
+        own, self._spans = merged(files, starts, starts + lengths)
+        sizes = self._spans[:, 2] - self._spans[:, 1]
+        self._at = np.cumsum(sizes) - sizes
+        self.sources, self.buffer = sources, room(int(sizes.sum()))
+        self.at = self._at[own] + starts - self._spans[own, 1]
+
+    def __len__(self) -> int:
+        """Windows to read: neighbouring ranges in one, as `read_all` does it."""
+        return len(self._spans)
+
+    def bring(self, windows: range) -> None:
+        """Read some of the windows. Raises InputError as `read_all` does."""
+        rows = self._spans[windows.start : windows.stop].tolist()
+        places, whole = self._at[windows.start : windows.stop].tolist(), memoryview(self.buffer)
+        for file, some in groupby(zip(rows, places, strict=True), key=lambda one: one[0][0]):
+            some = list(some)
+            views = [whole[at : at + stop - start] for (_, start, stop, _), at in some]
+            self.sources[file].read_into(views, [start for (_, start, _, _), _ in some])
+        _count(len(rows), sum(stop - start for _, start, stop, _ in rows), sum(needed for *_, needed in rows))
 
 
 def traffic() -> Traffic:
-    """All that this process has read so far, from disk and network, by `read_all`, `arriving` and `Source.read`."""
+    """All that this process has read so far from disk and network: `read_all`, `arriving`, `Landing`, `Source.read`."""
     return _traffic._replace(retries=stores.retries())
 
 

@@ -338,7 +338,7 @@ class TileStream:
         def under_way(some: Sequence[int]) -> tuple[tuple[list[TileName], Begun], int]:
             names = named(some)
             begun = begin([self._job(name) for name in names], self.threads)
-            return (names, begun), begun.bytes
+            return (names, begun), begun.batch.bytes
 
         if foresee and self._far:
             stores.same_process()  # what another process has begun does not arrive here

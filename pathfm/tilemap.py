@@ -256,34 +256,38 @@ class Wanted(NamedTuple):
     height: int
 
 
-class Piece(NamedTuple):
-    """A compressed tile and where it goes."""
+# A compressed tile and where it goes.
+PIECE = np.dtype(
+    [
+        ("wanted", "i8"),  # number of the rectangle
+        ("level", "i8"),  # in the map
+        ("scale", "i8"),
+        ("tile", "i8"),
+        ("start", "i8"),  # of its bytes in the file
+        ("length", "i8"),
+        ("x", "i8"),  # of its corner in the rectangle, decoded pixels
+        ("y", "i8"),
+        ("left", "i8"),  # what the rectangle has of it, decoded pixels from its corner
+        ("top", "i8"),
+        ("right", "i8"),
+        ("bottom", "i8"),
+    ]
+)
 
-    wanted: int  # number of the rectangle
-    level: int  # in the map
-    scale: int
-    tile: int
-    start: int  # of its bytes in the file
-    length: int
-    x: int  # of its corner in the rectangle, decoded pixels
-    y: int
-    left: int  # what the rectangle has of it, decoded pixels from its corner
-    top: int
-    right: int
-    bottom: int
 
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        return self[-4:]
+def cover(tiles: TileMap, wanted: np.ndarray) -> np.ndarray:
+    """Which compressed tiles hold the rectangles: (P,) PIECE, those of a rectangle together.
+
+    wanted   (n, 6) int64 as in Wanted
+
+    Rectangles may reach beyond the level. Compressed tiles of no bytes are left out.
+    """
+    return _cover(tiles.levels, tiles.anchors, tiles.codes, wanted).view(PIECE)[:, 0]
 
 
 @njit(cache=True, nogil=True)
-def cover(levels, anchors, codes, wanted):
-    """Which compressed tiles hold the rectangles, (P, 12) int64 as in Piece.
-
-    wanted   (n, 6) int64 as in Wanted
-    Rectangles may reach beyond the level. Compressed tiles of no bytes are left out.
-    """
+def _cover(levels, anchors, codes, wanted):
+    """`cover`, (P, 12) int64: the fields of PIECE."""
     most = 0
     for n in range(len(wanted)):
         across, down = _reach(levels[wanted[n, 0]], wanted[n])

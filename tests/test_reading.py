@@ -13,7 +13,7 @@ from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
 from test_slide import cubic
 
-from pathfm import InputError, Slide, SlideIndex, TileStream, decode, fallback, reading, source
+from pathfm import InputError, Slide, SlideIndex, TileStream, decode, fallback, painting, reading, source, turbojpeg
 from pathfm import index as index_module
 from pathfm.__main__ import main
 from pathfm.reading import Job, ReadPlan
@@ -151,10 +151,20 @@ def test_any_number_of_threads_gives_the_same_tiles(mixed):
         TileStream(mixed, threads=0)
 
 
-def test_each_compressed_tile_of_a_batch_is_decoded_once(mixed, monkeypatch):
-    decoded = []
-    real = reading.decode
-    monkeypatch.setattr(reading, "decode", lambda data, *how: decoded.append(bytes(data)) or real(data, *how))
+@pytest.mark.parametrize("whole", [False, True], ids=["in parts", "whole"])
+def test_each_compressed_tile_of_a_batch_is_decoded_once(mixed, monkeypatch, whole):
+    decoded, paint, alone = [], painting.paint, reading.decode
+
+    def seen(calls, pieces, data, ready, images, *room):
+        for one in images:
+            mine = slice(one["first"], one["last"])
+            decoded.extend(pieces["tile"][mine][ready["pixels"][mine] == 0])
+        return paint(calls, pieces, data, ready, images, *room)
+
+    monkeypatch.setattr(painting, "paint", seen)
+    if whole:
+        monkeypatch.setattr(turbojpeg, "LIBRARY", None)
+        monkeypatch.setattr(reading, "decode", lambda data, *how: decoded.append(bytes(data)) or alone(data, *how))
     slide = mixed.slide("jpeg")
     jobs = [Job(slide, slide.plan(0.5), 12 * k, 12 * k, 100, 100) for k in range(20)]
     images = reading.read(jobs)

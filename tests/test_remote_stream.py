@@ -14,9 +14,10 @@ from slide_files import cohort_of, tissue_pixels, write_slide
 from test_stream import digest
 from torch.utils.data import DataLoader
 
-from pathfm import InputError, SlideIndex, TileStream, stores
+from pathfm import InputError, SlideIndex, TileStream, reading, stores
 from pathfm.filters import HsvFilter
 from pathfm.grids import Grid
+from pathfm.reading import Job
 from pathfm.source import IN_FLIGHT, traffic
 from pathfm.storage import BLOCK
 from pathfm.tilemap import tiles_of
@@ -50,6 +51,20 @@ def test_tiles_from_a_server_are_those_from_a_disk(served, cohort, tmp_path):
         assert one[1:] == other[1:] and np.array_equal(one.image, other.image)
     read = traffic().since(before)
     assert read.fetched <= 1.3 * read.needed
+
+
+def test_one_batch_reads_from_a_disk_and_a_server(served, cohort, tmp_path):
+    """And from slides of two indices, each with a map of its own."""
+    names = cohort.table["slide_id"].tolist()[:3]
+    near = SlideIndex.build(cohort_of({name: served[0] / f"{name}.svs" for name in names}), tmp_path / "a", workers=0)
+    distant = SlideIndex.build(far(served, names), tmp_path / "b", workers=0)
+    slides = [index.slide(name) for name in names for index in (distant, near)]
+    jobs = [Job(slide, slide.plan(1.0), 16 * k, 32, 64, 64) for k in range(5) for slide in slides]
+    found = reading.read(jobs, threads=2)
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        assert np.array_equal(one, other)
+    for job, image in zip(jobs, found, strict=True):
+        assert np.array_equal(image, job.slide.read(job.x, job.y, 64, 1.0))
 
 
 def test_what_is_missing_is_quarantined_and_what_changes_is_named(served, cohort, tmp_path):
