@@ -122,14 +122,19 @@ def planned(jobs: Sequence[Job]) -> Batch:
     for k, job in enumerate(jobs):
         if job.slide.tiles is not None:
             maps.setdefault(id(job.slide.tiles), []).append(k)
-            slides.setdefault(job.slide.path, (len(slides), job.slide))
+            slides.setdefault(_file(job.slide), (len(slides), job.slide))
     found = [_pieces(jobs, frames, members) for members in maps.values()]
     pieces = found[0] if len(found) == 1 else np.concatenate([np.empty(0, PIECE), *found])
     if len(found) > 1:
         pieces = pieces[np.argsort(pieces["wanted"], kind="stable")]
     first = np.searchsorted(pieces["wanted"], np.arange(len(jobs) + 1)).tolist()
-    number = np.array([slides[job.slide.path][0] if job.slide.path in slides else -1 for job in jobs], np.int64)
+    number = np.array([slides.get(_file(job.slide), (-1,))[0] for job in jobs], np.int64)
     return Batch(jobs, frames, pieces, first, [slide for _, slide in slides.values()], number[pieces["wanted"]])
+
+
+def _file(slide) -> tuple[str, int]:
+    """A slide's compressed tiles are numbered by its map."""
+    return slide.path, id(slide.tiles)
 
 
 def _pieces(jobs: Sequence[Job], frames: list[Frame], members: list[int]) -> np.ndarray:
@@ -285,7 +290,7 @@ def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: i
 
 
 def _decoded(
-    batch: Batch, numbers: np.ndarray, boxes: np.ndarray, rows: np.ndarray, arrivals, ready: np.ndarray
+    batch: Batch, numbers: np.ndarray, boxes: np.ndarray, rows: np.ndarray, arrivals: Arrivals, ready: np.ndarray
 ) -> None:
     """Decode the boxes (G,) PIECE of the compressed tiles of these pieces, each to where its READY says."""
     arrivals.wait(numbers)
