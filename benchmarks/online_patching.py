@@ -238,17 +238,15 @@ def side_by_side(wanted: list[Job]) -> float:
     """How much sooner two threads are done that only decode, paste and resample, half of the tiles each."""
     batch = reading.planned(wanted)
     arrivals, rows, numbers = reading.fetched(batch), reading.image_rows(batch), range(len(wanted))
-    ready, memory = reading.decoded_ahead(batch, rows, arrivals, 1)
+    ahead = reading.decoded_ahead(batch, rows, arrivals, 1)
 
     def seconds(runs: list[range]) -> float:
         began = time.perf_counter()
-        list(_POOL.map(lambda run: reading.painted(batch, run, rows, arrivals, ready), runs))
+        list(_POOL.map(lambda run: reading.painted(batch, run, rows, arrivals, ahead), runs))
         return time.perf_counter() - began
 
     half = len(numbers) // 2
-    gain = seconds([numbers]) / seconds([numbers[:half], numbers[half:]])
-    del memory  # `ready` holds addresses in it
-    return gain
+    return seconds([numbers]) / seconds([numbers[:half], numbers[half:]])
 
 
 def union(a: tuple, b: tuple) -> tuple[int, int, int, int]:

@@ -109,10 +109,8 @@ def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
     """What `read` returns, of jobs that were begun."""
     batch, arrivals = begun
     rows = image_rows(batch)
-    ready, memory = decoded_ahead(batch, rows, arrivals, threads)
-    images = _runs(lambda some: painted(batch, some, rows, arrivals, ready), range(len(batch.jobs)), threads)
-    del memory  # `ready` holds addresses in it
-    return images
+    ahead = decoded_ahead(batch, rows, arrivals, threads)
+    return _runs(lambda some: painted(batch, some, rows, arrivals, ahead), range(len(batch.jobs)), threads)
 
 
 def planned(jobs: Sequence[Job]) -> Batch:
@@ -154,10 +152,12 @@ class Arrivals:
 
     def __init__(self, batch: Batch):
         self.addresses = np.zeros(len(batch.pieces), np.int64)
-        self._batch, self._coming, self._kept = batch, {}, []
+        self._batch, self._kept, self._landing, self._coming = batch, [], [], {}
 
     def wait(self, pieces: np.ndarray) -> None:
         """Until the bytes of these pieces are here. Raises InputError where they cannot be had."""
+        for windows in self._landing:
+            windows.result()
         if self._coming:
             for file in self._coming.keys() & set(self._batch.files[pieces].tolist()):
                 self._coming[file].result()
@@ -168,14 +168,14 @@ class Arrivals:
         return memoryview((ctypes.c_ubyte * length).from_address(int(self.addresses[k]))).cast("B")
 
     def land(self, files: list[int], threads: int) -> None:
-        """Read all pieces of these files, which lie on a disk."""
+        """Read all pieces of these files, which lie on a disk; threads go on with it when this returns."""
         batch = self._batch
         chosen = np.flatnonzero(np.isin(batch.files, files))
         pieces, sources = batch.pieces[chosen], [slide.source() for slide in batch.slides]
         landing = Landing(sources, batch.files[chosen], pieces["start"], pieces["length"])
-        _shared_out(landing.bring, range(len(landing)), threads)
         self.addresses[chosen] = landing.at + landing.buffer.ctypes.data
         self._kept.append(landing.buffer)
+        self._landing = _begun(landing.bring, range(len(landing)), threads)
         self._check(chosen)
 
     def ask(self, files: list[int]) -> None:
@@ -203,10 +203,12 @@ class Arrivals:
                     future.set_exception(error)
 
     def _check(self, chosen: np.ndarray) -> None:
-        """Hold these pieces against the CRC-32 that the index has of them, if any."""
+        """Hold these pieces, once they are here, against the CRC-32 that the index has of them, if any."""
         checked = [len(slide.tiles.checks) > 0 for slide in self._batch.slides]
         if not any(checked):
             return
+        for windows in self._landing:
+            windows.result()
         for k in chosen[np.array(checked)[self._batch.files[chosen]]].tolist():
             slide, piece = self._batch.slides[self._batch.files[k]], self._batch.pieces[k]
             at = slide.tiles.levels["tile"][piece["level"]] + piece["tile"]
@@ -221,7 +223,7 @@ class Arrivals:
 def fetched(batch: Batch, threads: int = 1) -> Arrivals:
     """The bytes of a batch's pieces, all asked for at once.
 
-    From a disk they are here when this returns; those from elsewhere arrive while others are decoded.
+    With one thread those on a disk are here when this returns; the others arrive while this thread goes on.
     """
     arrivals = Arrivals(batch)
     far = [file for file, slide in enumerate(batch.slides) if stores.is_address(slide.path)]
@@ -258,11 +260,17 @@ def _recipe(batch: Batch, k: int) -> Recipe:
     return slide.recipe(slide.first_level + batch.frames[k].rectangle.level)
 
 
-def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) painting.READY, and the memory that it points to.
+class Ahead(NamedTuple):
+    """What is decoded before any image is painted."""
 
-    Ready are compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place. Of each
-    the smallest box that holds what any of the jobs has of it.
+    ready: np.ndarray  # (P,) painting.READY
+    memory: np.ndarray  # uint8, where it lies: whoever follows an address of `ready` holds it too
+
+
+def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: int) -> Ahead:
+    """The compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place.
+
+    Of each the smallest box that holds what any of the jobs has of it.
     """
     keys = [batch.pieces[name] for name in ("scale", "tile", "level")] + [batch.files]
     order = np.lexsort(keys)
@@ -271,56 +279,53 @@ def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: i
     boxes = pieces[starts]
     for name, reach in BOX.items():
         boxes[name] = reach.reduceat(pieces[name], starts) if len(starts) else 0
+    early = (sizes > 1) | (rows["head_length"][boxes["wanted"]] == 0)
     wide, high = boxes["right"] - boxes["left"], boxes["bottom"] - boxes["top"]
-    ahead = (sizes > 1) | (rows["head_length"][boxes["wanted"]] == 0)
-    ends = np.cumsum(3 * wide * high * ahead)
+    ends = np.cumsum(3 * wide * high * early)
     memory, ready = room(int(ends[-1]) if len(ends) else 0), np.zeros(len(boxes), painting.READY)
-    ready["pixels"] = np.where(ahead, memory.ctypes.data + ends - 3 * wide * high, 0)
+    ready["pixels"] = np.where(early, memory.ctypes.data + ends - 3 * wide * high, 0)
     ready["columns"], ready["rows"], ready["x"], ready["y"] = wide, high, boxes["left"], boxes["top"]
-    chosen = np.flatnonzero(ahead)
+    chosen = np.flatnonzero(early)
 
     def decode_some(some: range) -> None:
         few = chosen[some.start : some.stop]
-        _decoded(batch, order[starts[few]], boxes[few], rows, arrivals, ready[few])
+        _decoded(batch, order[starts[few]], boxes[few], rows, arrivals, Ahead(ready[few], memory))
 
     _shared_out(decode_some, range(len(chosen)), threads)
-    whole = np.empty(len(order), painting.READY)
-    whole[order] = np.repeat(ready, sizes)
-    return whole, memory
+    each = np.empty(len(order), painting.READY)
+    each[order] = np.repeat(ready, sizes)
+    return Ahead(each, memory)
 
 
 def _decoded(
-    batch: Batch, numbers: np.ndarray, boxes: np.ndarray, rows: np.ndarray, arrivals: Arrivals, ready: np.ndarray
+    batch: Batch, numbers: np.ndarray, boxes: np.ndarray, rows: np.ndarray, arrivals: Arrivals, ahead: Ahead
 ) -> None:
-    """Decode the boxes (G,) PIECE of the compressed tiles of these pieces, each to where its READY says."""
+    """Decode the boxes (G,) PIECE of the compressed tiles of these pieces, each to where `ahead` has it ready."""
     arrivals.wait(numbers)
     images = rows[boxes["wanted"]]
     plain = images["head_length"] > 0
-    for k, box, to in zip(numbers[~plain].tolist(), boxes[~plain], ready[~plain], strict=True):
-        pixels = _decode(batch, k, tuple(box[name].item() for name in BOX), arrivals)
-        out = (ctypes.c_ubyte * pixels.nbytes).from_address(int(to["pixels"]))
-        np.frombuffer(out, np.uint8).reshape(pixels.shape)[:] = pixels
-    images, own, there = images[plain], boxes[plain], numbers[plain]
+    for k, box, to in zip(numbers[~plain].tolist(), boxes[~plain], ahead.ready[~plain], strict=True):
+        pixels, at = _decode(batch, k, box, arrivals), int(to["pixels"]) - ahead.memory.ctypes.data
+        ahead.memory[at : at + pixels.size] = pixels.reshape(-1)
+    images, own, ready, there = images[plain], boxes[plain], ahead.ready[plain], numbers[plain]
     own["x"], own["y"] = -own["left"], -own["top"]
     images["first"], images["last"] = np.arange(len(own)), np.arange(len(own)) + 1
-    images["out"], images["out_width"], images["out_height"] = (
-        ready[plain][name] for name in ("pixels", "columns", "rows")
-    )
-    images["width"], images["height"] = images["out_width"], images["out_height"]
+    images["out"], images["out_width"], images["out_height"] = ready["pixels"], ready["columns"], ready["rows"]
+    images["width"], images["height"] = ready["columns"], ready["rows"]
     images["level_width"] = images["level_height"] = images["resampled"] = 0  # nothing fades
     damaged = _paint(images, own, arrivals.addresses[there], np.zeros(len(own), painting.READY))
     if damaged >= 0:
         _refuse(batch, there[damaged], own[damaged], arrivals)
 
 
-def painted(batch: Batch, numbers: range, rows: np.ndarray, arrivals: Arrivals, ready: np.ndarray) -> list[np.ndarray]:
+def painted(batch: Batch, numbers: range, rows: np.ndarray, arrivals: Arrivals, ahead: Ahead) -> list[np.ndarray]:
     """The pixels of consecutive jobs."""
     arrivals.wait(np.arange(batch.first[numbers.start], batch.first[numbers.stop]))
     mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
     found = {k: image(batch.jobs[k].height, batch.jobs[k].width) for k in mapped}
     images = rows[mapped]
     images["out"] = [one.ctypes.data for one in found.values()]
-    damaged = _paint(images, batch.pieces, arrivals.addresses, ready)
+    damaged = _paint(images, batch.pieces, arrivals.addresses, ahead.ready)
     if damaged >= 0:
         _refuse(batch, damaged, batch.pieces[damaged], arrivals)
     return [found[k] if k in found else _peers(batch.jobs[k], batch.frames[k]) for k in numbers]
@@ -336,12 +341,12 @@ def _paint(images: np.ndarray, pieces: np.ndarray, addresses: np.ndarray, ready:
     return painting.paint(turbojpeg.ADDRESSES, pieces, addresses, ready, images, stream, tile, canvas)
 
 
-def _decode(batch: Batch, k: int, box: tuple[int, int, int, int], arrivals: Arrivals) -> np.ndarray:
-    """A box of a piece's compressed tile. Raises InputError, which names both, where it is damaged."""
+def _decode(batch: Batch, k: int, box: np.void, arrivals: Arrivals) -> np.ndarray:
+    """What a box (PIECE) has of piece k's compressed tile. Raises InputError, which names it, where it is damaged."""
     slide, piece = batch.slides[batch.files[k]], batch.pieces[k]
+    how, edges = _recipe(batch, piece["wanted"]), tuple(box[name].item() for name in BOX)
     try:
-        how = _recipe(batch, piece["wanted"])
-        return decode(bytes(arrivals.compressed(k)), how, int(piece["scale"]), box)
+        return decode(bytes(arrivals.compressed(k)), how, int(piece["scale"]), edges)
     except Damaged as why:
         raise InputError(
             f"{slide.path} is damaged: compressed tile {piece['tile']} of level {piece['level'] - slide.first_level} "
@@ -351,7 +356,7 @@ def _decode(batch: Batch, k: int, box: tuple[int, int, int, int], arrivals: Arri
 
 def _refuse(batch: Batch, k: int, box: np.void, arrivals: Arrivals) -> None:
     """Say why a piece's compressed tile cannot be decoded."""
-    _decode(batch, k, tuple(box[name].item() for name in BOX), arrivals)
+    _decode(batch, k, box, arrivals)
     path, tile = batch.slides[batch.files[k]].path, batch.pieces["tile"][k]
     raise InputError(f"{path} is damaged: compressed tile {tile}; fetch the file again")
 
@@ -374,13 +379,23 @@ def _runs(function: Callable[[range], list], numbers: range, threads: int) -> li
 def _shared_out(function: Callable[[range], Any], numbers: range, threads: int) -> list:
     """function of each run of numbers.
 
-    Threads take turns at runs: long enough that they seldom meet, so short that none waits long for the last.
+    Threads take turns at runs: long ones first, so that they seldom meet, short ones last, so that none waits long.
     """
+    return [one.result() for one in _begun(function, numbers, threads)]
+
+
+def _begun(function: Callable[[range], Any], numbers: range, threads: int) -> list[Future]:
+    """`_shared_out` that does not wait, where there are threads to do it."""
     if threads <= 1 or len(numbers) <= 1:
-        return [function(numbers)]
-    run = -(-len(numbers) // (4 * threads))
-    runs = [numbers[at : at + run] for at in range(0, len(numbers), run)]
-    return list(_pool(os.getpid(), "decode", threads).map(function, runs))
+        done = Future()
+        done.set_result(function(numbers))
+        return [done]
+    found, at, pool = [], 0, _pool(os.getpid(), "decode", threads)
+    while at < len(numbers):
+        run = max((len(numbers) - at) // (2 * threads), -(-len(numbers) // (16 * threads)))
+        found.append(pool.submit(function, numbers[at : at + run]))
+        at += run
+    return found
 
 
 @lru_cache(maxsize=8)
