@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -155,6 +156,15 @@ def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: b
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 2}
         ax.legend(handles=handles, fontsize="x-small", handletextpad=0.1, columnspacing=0.8, **place)
     return ax
+
+
+def group_maps(maps: Mapping[str, np.ndarray], by: Mapping[str, np.ndarray]) -> Figure:
+    """A row an embedding, of `maps` (N, 2) by its name; a column a grouping, of `by` (N,) by its name."""
+    fig, axes = plt.subplots(len(maps), len(by), figsize=(2.2 * len(by), 2.45 * len(maps)), squeeze=False)
+    for row, (name, xy) in zip(axes, maps.items(), strict=True):
+        for ax, (group, values) in zip(row, by.items(), strict=True):
+            group_map(ax, xy, values, f"{name}, by {group}", legend=name == list(maps)[-1])
+    return fig
 
 
 def retrievals(tiles: TileSet, queries: np.ndarray, found: dict[str, np.ndarray]) -> Figure:

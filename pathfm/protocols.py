@@ -29,7 +29,9 @@ class Protocol:
     schedule    "constant": a third of lr for five epochs, then lr. "cosine": over max_steps, but moved once an epoch
     patience    looks at validate without a better score after which a run stops
     runs        repeats from other shuffles
-    monitor     "balanced accuracy" or "accuracy" on validate; its best head is kept, the first of equals
+    monitor     "balanced accuracy" or "accuracy" on validate; its best head is kept, the first of equals. eva-2024
+                watches the plain accuracy of two classes (val/BinaryAccuracy in configs/vision/dino_vit/offline/
+                mhist.yaml and patch_camelyon.yaml, eva 0a432fad and both tags) and reports the balanced one
     every       epochs between looks
     min_delta   by how much a score must be better to count for the patience; not for which head is kept
     shots       images a class that a run draws from train and keeps; 0 takes all

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
+from pathfm.features import Features, extract
 from pathfm.neighbours import nearest
 
 UNLABELLED = "unlabelled"
@@ -58,6 +61,18 @@ def thin(tiles: TileSet, n: int, seed: int = 0) -> TileSet:
     if len(tiles) <= n:
         return tiles
     return tiles.subset(np.sort(np.random.default_rng(seed).choice(len(tiles), n, replace=False)))
+
+
+def embed(tiles: TileSet, networks: Mapping[str, tuple[nn.Module, Callable]]) -> dict[str, Features]:
+    """Features of tiles by "colour + LBP", then by every network (its preprocessing beside it) by name.
+
+    Of a network the CLS token, or the mean of the patch tokens where it has none.
+    """
+    found = {"colour + LBP": extract("colour+lbp", tiles)}
+    for name, (network, preprocess) in networks.items():
+        pool = "cls" if getattr(network, "num_prefix_tokens", 0) else "mean"
+        found[name] = extract(network, tiles, preprocess, pool)
+    return found
 
 
 def neighbour_share(x: np.ndarray, same: dict[str, np.ndarray], k: int = 10, apart: np.ndarray | None = None):

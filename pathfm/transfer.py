@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
-from pathfm import probe, scores, tasks
+from pathfm import mask_floors, probe, scores, segment, tasks
 from pathfm.benchmarks import TileSet, patient_column
 from pathfm.features import extract
 from pathfm.scores import Prediction
+from pathfm.segment import SegmentationProtocol, Segmented
+from pathfm.segmentation import DECODERS
 from pathfm.storage import checkout
 from pathfm.tasks.nuclei import NucleiSet
 
@@ -51,6 +54,49 @@ def read_nuclei(folder: str | Path, block: str = "cluster", seed: int = 0) -> Nu
     if patient_column(images.table) is None and block in images.table:
         images = replace(images, table=images.table.assign(slide_id=images.table[block].astype(str)))
     return images.split("tile" if patient_column(images.table) is None else "patient", seed)
+
+
+def decoded(
+    networks: Mapping[str, nn.Module], preprocess: Callable, images: NucleiSet, protocol: SegmentationProtocol
+) -> dict[str, list[Segmented]]:
+    """Both of eva's decoders, "image" and "tokens", on every network by name; under "none" the floors of masks.
+
+    protocol  of every decoder, but for which it is
+    """
+    found = {
+        decoder: [
+            segment.fit(network, images, replace(protocol, decoder=decoder), preprocess, name)
+            for name, network in networks.items()
+        ]
+        for decoder in DECODERS
+    }
+    return found | {"none": mask_floors.floors(images, protocol)}
+
+
+def dice_table(found: Mapping[str, list[Segmented]], start: str = "random weights") -> pd.DataFrame:
+    """A row a decoder and network of `decoded`: Dice, and the gain over the network `start`, with intervals by image.
+
+    By image they are too narrow: images of one patient, or of one stain, resemble each other.
+    """
+    rows = []
+    for decoder, several in found.items():
+        several = [by_image(one) for one in several]
+        first = next((one for one in several if one.name == start), None)
+        for one in several:
+            dice, kind = one.interval(), dict(zip(one.images.classes, np.nanmean(one.each, axis=(0, 1)), strict=True))
+            row = {"decoder": decoder, "features": one.name, "dice": dice.value, "low": dice.low, "high": dice.high}
+            if first is not None and one is not first:
+                gain = one.gain(first)
+                row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+            row |= kind | {"role": one.role, "runs": len(one.each), "n_images": len(np.unique(one.reported.row))}
+            rows.append(row | {"n_quarantined": len(one.images.quarantined)})
+    return pd.DataFrame(rows)
+
+
+def by_image(one: Segmented) -> Segmented:
+    """The same without what is known of patients or groups: its intervals are drawn over images."""
+    table = one.images.table.drop(columns=["patient_id", "slide_id"], errors="ignore")
+    return replace(one, images=replace(one.images, table=table))
 
 
 def judged(

@@ -8,10 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
 
 from pathfm import SlideIndex, TileStream, panels, representation
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
+from pathfm.export import Preprocess
 from pathfm.synthetic import tiny_cohort
 
 
@@ -146,4 +149,27 @@ def test_a_sweep_shows_every_run_and_says_when_there_is_none():
     assert sorted(drawn) == [0.2, 0.3, 0.4]
     panels.sweep_points(axes[1], pd.DataFrame(), x="mpp", y="score", hue="init")
     assert "not recorded" in axes[1].texts[0].get_text()
+    plt.close(fig)
+
+
+def test_embeddings_are_of_pixels_and_of_every_network(stream):
+    tiles = representation.tiles_of(stream, 6)
+    preprocess, small = Preprocess(64), {"img_size": 64, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 0}
+    with_cls = timm.create_model("vit_tiny_patch16_224", **small).eval()
+    without = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **small).eval()
+    found = representation.embed(tiles, {"cls": (with_cls, preprocess), "no cls": (without, preprocess)})
+    assert list(found) == ["colour + LBP", "cls", "no cls"] and all(len(one.x) == 6 for one in found.values())
+    with torch.inference_mode():
+        tokens = {"cls": with_cls.forward_features(preprocess(tiles.pixels))[:, 0]}
+        tokens["no cls"] = without.forward_features(preprocess(tiles.pixels)).mean(1)
+    for name, expected in tokens.items():
+        assert np.allclose(found[name].x, expected, atol=1e-4)
+
+
+def test_a_map_for_every_embedding_and_grouping():
+    rng, by = np.random.default_rng(0), {"class": np.array(list("aabb")), "block": np.array(list("xyxy"))}
+    fig = panels.group_maps({name: rng.normal(size=(4, 2)) for name in ("one", "two")}, by)
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles == ["one, by class", "one, by block", "two, by class", "two, by block"]
+    assert [ax.get_legend() is not None for ax in fig.axes] == [False, False, True, True]
     plt.close(fig)

@@ -62,7 +62,8 @@ def test_the_official_splits_are_evas(name):
 def test_the_table_and_its_columns():
     table = tasks.table().set_index("task")
     assert table.loc["crc", ["train", "val", "test", "all"]].tolist() == ["100,000", "7,180", "-", "107,180"]
-    assert table.loc["msi_stad", ["train", "all"]].tolist() == ["?", "?"]
+    assert table.loc["msi_stad", ["train", "test", "all"]].tolist() == ["100,570", "118,008", "218,578"]
+    assert table.loc["msi_crc", ["train", "test", "all"]].tolist() == ["93,408", "?", "?"]
     assert table.loc["bach", ["stops on report", "clean split"]].tolist() == ["yes", "yes"]
     assert (table.loc[table["stops on report"] == "yes", "clean split"] == "yes").all()
     assert table.loc["bracs", ["stops on report", "clean split"]].tolist() == ["no", "-"]
@@ -72,6 +73,14 @@ def test_the_table_and_its_columns():
     seen = tasks.contamination().set_index("task")
     assert seen.loc["pcam"].tolist()[:3] == ["no", "no", "yes"] and seen.loc["monusac", "TCGA"] == "yes"
     assert "-TCGA-" in seen.loc["crc", "why"]
+
+
+def test_what_is_not_counted_is_said():
+    unchecked = {name for name, task in tasks.TASKS.items() if "\ncounts        none is published" in str(task)}
+    assert unchecked == {"tp53"} | {name for name in tasks.TASKS if name.startswith("exaone_")}
+    assert "\nall           112,800\n" in str(tasks.about("pathorob_tcga"))
+    assert "\ntest          ? (MSIMUT ?, MSS 70,569)\n" in str(tasks.about("msi_crc"))
+    assert not any(line.startswith(("counts", "train", "all")) for line in str(tasks.about("labels")).splitlines())
 
 
 def test_the_command_line(capsys):

@@ -6,7 +6,7 @@ import pytest
 import timm
 from PIL import Image
 
-from pathfm import answers, transfer
+from pathfm import answers, segment, transfer
 from pathfm.errors import InputError
 from pathfm.export import Preprocess
 from pathfm.features import extract, random_twin
@@ -96,3 +96,39 @@ def test_images_alike_in_stain_share_a_role(tmp_path):
     assert (found.groupby("cluster")["role"].nunique() == 1).all()
     alone = transfer.read_nuclei(tmp_path, block="none").table
     assert (alone.groupby("cluster")["role"].nunique() > 1).any() and "slide_id" not in alone
+
+
+def test_both_decoders_read_nuclei_from_teacher_and_random_weights(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    for number in range(15):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[4:20, number : number + 12] = 1
+        pixels = np.where(mask[..., None] > 0, (90, 60, 120), (230, 210, 225)) + rng.normal(0, 4, (32, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "images" / f"{number:02d}.png")
+        Image.fromarray(mask).save(tmp_path / "labels" / f"{number:02d}.png")
+    names = [f"{number:02d}.png" for number in range(15)]
+    pd.DataFrame({"file": names, "cluster": [n % 5 for n in range(15)]}).to_csv(tmp_path / "manifest.csv", index=False)
+    images = transfer.read_nuclei(tmp_path)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=16, num_heads=2, num_classes=0)
+    protocol = segment.SegmentationProtocol(input_px=32, steps=12, batch_size=4, patience=20, runs=2)
+    found = transfer.decoded(
+        {"random weights": random_twin(model, 1), "pretrained": model}, Preprocess(32), images, protocol
+    )
+    table = transfer.dice_table(found).set_index(["decoder", "features"])
+    assert list(table.index) == [
+        *[(decoder, name) for decoder in ("image", "tokens") for name in ("random weights", "pretrained")],
+        ("none", "one class everywhere"),
+        ("none", "colour of a pixel"),
+    ]
+    for decoder in ("image", "tokens"):
+        start, own = found[decoder]
+        row = table.loc[(decoder, "pretrained")]
+        assert own.interval().low == pytest.approx(own.interval().high)  # one group of images is tested
+        assert row["low"] < row["dice"] < row["high"] and row["dice"] == pytest.approx(own.interval().value)
+        assert row["gain"] == pytest.approx(row["dice"] - start.interval().value)
+        assert row["runs"] == 2 and row["n_images"] == 3 and row["role"] == "test"
+    assert table.loc[("image", "pretrained"), "dice"] > table.loc[("tokens", "pretrained"), "dice"]  # edges are pixels'
+    assert table.loc[("none", "colour of a pixel"), "dice"] > 0.95
+    assert table["gain"].notna().tolist() == [False, True, False, True, False, False]

@@ -30,8 +30,10 @@ CRC_WHY = {
     "patients": NO_PATIENTS,
     "TCGA": "the files of CRC-VAL-HE-7K are named <class>-TCGA-<letters>, the record names its own biobanks",
 }
+MHIST = {("train", "HP"): 1545, ("train", "SSA"): 630, ("val", "HP"): 617, ("val", "SSA"): 360}
+STAD = {"train": {"MSIMUT": 50_285, "MSS": 50_285}, "test": {"MSIMUT": 27_904, "MSS": 90_104}}
 MSI_WHY = {
-    "licence": "that of the record could not be read",
+    "licence": "that of the record could not be read; H. M. Balaha's index of data sets says CC BY 4.0",
     "official validation": "the record has train and test only; what those who report it stopped on is not published",
 }
 
@@ -65,6 +67,7 @@ def _msi(name: str, cancer: str, title: str, counts: dict, more: dict[str, str])
             "the record as a public repository quotes it: 224 px, 0.5 um/px, split by patient, 46,704 + 46,704",
             "a mirror of the colorectal tiles: 192,312 of 432 patients; file names of two public scripts",
             "LG-AI-EXAONE/EXAONEPath README.md: accuracy of both",
+            "tiles a split and class: H. M. Balaha's index of data sets; all eight add up to its 411,890 of the record",
         ),
         files=(
             f"{cancer}_TRAIN_MSS/MSS/blk-<letters>-TCGA-xx-xxxx-01Z-00-DX1.png, or {cancer}_TRAIN/MSS/...",
@@ -153,7 +156,7 @@ TILES = (
         classes=("HP", "SSA"),
         mpp=2.0,
         tile_px=(224, 224),
-        counts=_by_class(None, {"HP": 2162, "SSA": 990}) | splits(2_175, 977),
+        counts=MHIST | _by_class(None, {"HP": 2162, "SSA": 990}) | splits(2_175, 977),
         splits="train and test of annotations.csv; eva uses test as val, stops and reports on it (SSA is its class 0)",
         same_split=True,
         clean="test is the official test; a fifth of train validates, by image, as patients are unknown",
@@ -161,10 +164,11 @@ TILES = (
         url="https://bmirds.github.io/MHIST",
         citation="Wei et al., AIME 2021, arXiv:2101.12355",
         overlap=NOWHERE,
-        unknown={"patients": NO_PATIENTS, "images a class in each split": "no source could be read"},
+        unknown={"patients": NO_PATIENTS},
         sources=(
             "eva mhist.md, mhist.py",
-            "images a class as a public repository checks them; they add up to eva's total",
+            "images a class as a public repository checks them, and in each split as another lists them; they add up "
+            "to eva's totals",
         ),
         files=("annotations.csv with Image Name, Majority Vote Label, Partition", "images/MHIST_<3 letters>.png"),
     ),
@@ -311,15 +315,15 @@ TILES = (
         "msi_crc",
         "CRC_DX",
         "colorectal cancer",
-        _by_class("train", {"MSIMUT": 46_704, "MSS": 46_704}) | splits(93_408, test=98_904),
-        {"test tiles a class": "no source could be read; together they are what a mirror's 192,312 leaves"},
+        _by_class("train", {"MSIMUT": 46_704, "MSS": 46_704}) | {("test", "MSS"): 70_569},
+        {"test tiles of MSIMUT": "29,335 by that index, 28,335 if the mirror's 192,312 are all; so not checked"},
     ),
     _msi(
         "msi_stad",
         "STAD",
         "stomach cancer",
+        {key: n for split, each in STAD.items() for key, n in _by_class(split, each).items()},
         {},
-        {"tiles": "no count could be read, so a partial download goes unnoticed"},
     ),
     Task(
         name="folder",

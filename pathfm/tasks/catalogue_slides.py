@@ -61,6 +61,7 @@ def _pathorob(name: str, title: str, **facts) -> Task:
         sources=(
             "PathoROB README.md, data/metadata, robustness_index.py",
             "shards: PathoROB extract_features.py, data_manager.py; Soma's prepare_croma, which names and counts them",
+            *facts.pop("more", ()),
         ),
         files=(
             f"{facts.pop('csv')}, of data/metadata in github.com/bifold-pathomics/PathoROB",
@@ -80,7 +81,10 @@ SLIDES = (
         reader="slides",
         classes=("normal", "tumor"),
         mpp=0.25,
-        counts={("train", None): 216, ("val", None): 54, ("test", None): 129},
+        counts={
+            **{("train", None): 216, ("val", None): 54, ("test", None): 129},
+            **{("test", "normal"): 80, ("test", "tumor"): 49},
+        },
         splits="test is the challenge's without the duplicate; val are PCam's 54 validation slides. eva: 224 px tiles "
         "at 0.25 um/px, stops on val, reports both, 20 runs",
         licence="CC0 1.0",
@@ -90,11 +94,13 @@ SLIDES = (
         unknown={
             "patients": "399 slides of 399 cases by a paper that uses them; the slide stands for the patient",
             "site of test slides": "not in the files; training slides from normal_101 and tumor_071 on are Utrecht's",
-            "slides a class": "no source could be read",
+            "training slides a class": "160 normal and 110 tumor by the paper, other copies differ by a slide; so not "
+            "checked",
         },
         sources=(
             "eva camelyon16.md, camelyon16.py, camelyon16_small.yaml",
             "PathoROB data/metadata/camelyon.csv: 47 training slides with their centre; PathoROB README: licence",
+            "the paper's abstract: test slides a class",
         ),
         files=("training/{normal,tumor}/*.tif", "testing/reference.csv", "testing/images/test_<n>.tif"),
     ),
@@ -173,15 +179,20 @@ ROBUSTNESS = (
         "cancer types and centres of TCGA-UT in pairs of two and two; robustness index at k 61",
         card="tcga",
         parquet="data/train-00000-of-00003.parquet and on",
+        counts={(None, None): 112_800},
         licence="CC BY-NC-SA 4.0",
         overlap=IN_TCGA,
         unknown={
             "mpp": "not in the repository",
             "image size": "not in the repository; a public reader of the shards says 256 px",
             "classes": "tcga_2x2.csv could not be read",
-            "tiles": "tcga_2x2.csv could not be read, so a partial one goes unnoticed",
+            "tiles": "counted are rows of tcga_2x2.csv, one for every pair of a tile; how many tiles is not known",
         },
         csv="tcga_2x2.csv",
+        more=(
+            "rows: clemsgrs/croma's notes on the index's tables; both balanced accuracies that PathoROB records of the "
+            "set are whole multiples of 1 / 112,800",
+        ),
     ),
     _pathorob(
         "tolkach",

@@ -121,14 +121,14 @@ def _number(n: int | None, there: bool) -> str:
 
 
 def _counts(task: Task) -> list[str]:
-    """Lines with the counts of each split, and of its classes where they are known."""
-    lines = []
+    """Lines with the counts of each split, and of its classes where they are known; that none is, where none is."""
+    if not task.counts and task.url:
+        return ["counts        none is published, as far as could be found: a part is not told from the whole"]
+    lines, named = [], {split for split, _ in task.counts}
     for split in (*ROLE, None):
         each = {name: task.counts.get((split, name)) for name in task.classes}
         total = task.count(split)
-        if split is None and (all(n is None for n in each.values()) or total is None):
-            continue
-        if split is not None and not (task.has(split) and task.counts):
+        if split not in named or total is None and split is None:
             continue
         known = ", ".join(f"{name} {'?' if n is None else f'{n:,}'}" for name, n in each.items())
         known = f" ({known})" if any(n is not None for n in each.values()) else ""
