@@ -169,7 +169,7 @@ def test_half_precision_and_memory_maps_are_read_as_they_are(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda x, y: (np.where(np.arange(len(x))[:, None] == 33, np.nan, x), y), "NaN or infinity, first in row 33"),
+        (lambda x, y: (np.where(np.arange(len(x))[:, None] == 33, np.nan, x), y), "NaN or infinity, first row 33"),
         (lambda x, y: (x, y[:-1]), "one label a row"),
         (lambda x, y: (x, np.where(np.arange(len(y)) < 500, np.minimum(y, 1), y)), "class 2 has 0 images in train"),
         (lambda x, y: (x, np.where(np.arange(len(y)) >= 500, np.maximum(y, 1), y)), "class 0 has 0 images in validate"),
