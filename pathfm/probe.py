@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 penalty on standardised features; ours, fixed
+SEARCHED = ", learning rate searched"  # behind a protocol's name
 FLOOR_NAMES = {
     "chance": "chance",
     "colour": "colour mean and spread",
@@ -105,13 +106,21 @@ def knn(features: Features, seed: int = 0, k: int = 20, centred: bool = False) -
 
 
 def eva(
-    features: Features, name: str = "eva-2026", seed: int = 0, device: str = "cpu", slides: bool = False, **changes
+    features: Features,
+    name: str = "eva-2026",
+    seed: int = 0,
+    device: str = "cpu",
+    slides: bool = False,
+    learning_rates: Sequence[float] = (),
+    **changes,
 ) -> Prediction:
     """A linear head by a protocol of eva, all runs at once; answers on test or, where there is none, on validate.
 
-    name     one of `pathfm.protocols.PROTOCOLS`
-    slides   20 runs, as eva has for slides
-    changes  to the protocol, such as lr or runs; the answers' settings hold it as it ran
+    name            one of `pathfm.protocols.PROTOCOLS`
+    slides          20 runs, as eva has for slides
+    learning_rates  in place of the protocol's: all are trained side by side, and that of the best mean score on
+                    validate answers, the first of equals. The probe is then called SEARCHED, for eva has one rate
+    changes         to the protocol, such as lr or runs; the answers' settings hold it as it ran
 
     The score is the mean of the runs', for `right` of the table is the share of them that are right; `predicted` is
     what most of them say. Runs are noise of the optimiser, and no seeds: settings have their `scores` one by one, and
@@ -127,19 +136,23 @@ def eva(
     y, classes = features.y, len(features.tiles.classes)
     chosen = protocol(name, len(train), len(validate), classes)
     chosen = replace(chosen, **({"runs": 20} if slides else {}), **changes)
-    found = heads.fit(chosen, features.x, y, train, validate, seed, device=device)
-    said = found.answers(features.x, asked)[0]
+    rates = tuple(learning_rates) or (chosen.lr,)
+    found = heads.fit(chosen, features.x, y, train, validate, seed, rates, device)
+    best = int(found.validate.mean(axis=1).argmax())
+    said = found.answers(features.x, asked)[best]
     right = said == y[asked]
     most = (said[..., None] == np.arange(classes)).sum(axis=0).argmax(axis=1)
     settings = {
         **asdict(chosen),
+        "lr": rates[best],
+        "learning rates": rates,
         "reported on": role,
-        "validate": float(found.validate.mean()),
+        "validate": float(found.validate[best].mean()),
         "scores": [balanced_accuracy(y[asked], one) for one in said],
-        "kept": found.kept[0].tolist(),
-        "stopped": found.stopped[0].tolist(),
+        "kept": found.kept[best].tolist(),
+        "stopped": found.stopped[best].tolist(),
     }
-    answer = _prediction(features, name, asked, most, seed, settings)
+    answer = _prediction(features, f"{name}{SEARCHED}" if len(rates) > 1 else name, asked, most, seed, settings)
     return replace(answer, table=answer.table.assign(right=right.mean(axis=0)))
 
 
