@@ -166,10 +166,7 @@ def _hub(name: str) -> nn.Module:
         logging.getLogger(__name__).debug("torch.hub", exc_info=True)
         raise InputError(f"torch.hub cannot load '{entry}' of {where}: {type(error).__name__}: {error}") from None
     if not isinstance(model, nn.Module):
-        what = type(model).__name__
-        raise InputError(
-            f"'{entry}' of {where} is a {what} and no torch.nn.Module, whose weights could be told; wrap it"
-        )
+        raise InputError(f"'{entry}' of {where} gives a {type(model).__name__} and no torch.nn.Module; wrap it in one")
     return model
 
 
