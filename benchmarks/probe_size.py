@@ -94,7 +94,7 @@ def merged(rows: pd.DataFrame) -> pd.DataFrame:
     from pathfm.runs import read_results
 
     table = pd.concat([read_results("probe_size")[0], rows], ignore_index=True).drop_duplicates(KEYS, keep="last")
-    return table.sort_values(KEYS, ignore_index=True)
+    return table.astype({"runs": "Int64"}).sort_values(KEYS, ignore_index=True)
 
 
 def main() -> None:
