@@ -231,7 +231,7 @@ def _maker(model, preprocess, pool: str, layers: int, device) -> Callable[[str],
 def _chosen(make, precision: str, index: SlideIndex, cut: Cut, grids: list, folder: Path) -> tuple[Extractor, dict]:
     """The extractor of a precision, and how far bfloat16 agreed with float32, measured once for the same slides."""
     asked = make(precision)
-    if asked.provenance.get("precision", "float32") == "float32":
+    if not grids or asked.provenance.get("precision", "float32") == "float32":
         return asked, {}
     record = folder / f"{_hash(*(_key(asked.key, *slide) for slide in grids))}.json"
     with contextlib.suppress(InputError):
@@ -255,7 +255,7 @@ def _chosen(make, precision: str, index: SlideIndex, cut: Cut, grids: list, fold
 def _images(index: SlideIndex, cut: Cut, grids: list) -> list[np.ndarray]:
     """About extractors.SAMPLE tiles of up to SAMPLED slides; one that cannot be read gives none."""
     some_slides = np.unique(np.linspace(0, len(grids) - 1, min(SAMPLED, len(grids))).astype(int))
-    found, each = [], -(-extractors.SAMPLE // max(1, len(some_slides)))
+    found, each = [], -(-extractors.SAMPLE // len(some_slides))
     for row in (grids[i][0] for i in some_slides):
         grid, taken = cut.tiles(index.subset([row.slide_id]))
         some = taken[np.unique(np.linspace(0, len(taken) - 1, each).astype(int))]

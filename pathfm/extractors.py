@@ -21,7 +21,7 @@ from pathfm import backbones, export
 from pathfm.benchmarks import TileSet
 from pathfm.descriptors import DESCRIPTORS, VERSION
 from pathfm.errors import InputError, nearest
-from pathfm.metrics import balanced_accuracy
+from pathfm.metrics import balanced_accuracy, finite
 from pathfm.neighbours import nearest as nearest_rows
 from pathfm.neighbours import vote
 
@@ -130,7 +130,11 @@ class Agreement(NamedTuple):
 
 
 def agreement(a: np.ndarray, b: np.ndarray, y: np.ndarray | None = None, k: int = 20) -> Agreement:
-    """Of features a and b (N, D) of the same images, and their classes y (N,) where they have some."""
+    """Of features a and b (N, D) of the same images, and their classes y (N,) where they have some.
+
+    Raises InputError where a feature is not finite.
+    """
+    a, b = finite(a), finite(b)
     found = [nearest_rows(x, k=k) for x in (a, b)]
     ids = [one[0] for one in found]
     shared = float(np.mean([len(np.intersect1d(p, q)) / ids[0].shape[1] for p, q in zip(*ids, strict=True)]))
@@ -150,7 +154,7 @@ def choose(
     sample: Callable[[Extractor], np.ndarray],
     y: np.ndarray | None = None,
 ) -> tuple[Extractor, Agreement | None]:
-    """The extractor of a precision for n images, and how far bfloat16 agreed with float32 where it came into question.
+    """The extractor of "auto" or "bfloat16" for n images, and how far bfloat16 agreed with float32 where it was asked.
 
     sample  the features of up to SAMPLE of the images, and y their classes where they have some
 
@@ -159,7 +163,7 @@ def choose(
     """
     single = make("float32")
     known = "precision" in single.provenance  # of a network; a floor has one
-    if not known or precision == "float32" or (precision == "auto" and n < WORTH_A_SAMPLE):
+    if not known or (precision == "auto" and n < WORTH_A_SAMPLE):
         return single, None
     half = make("bfloat16")
     agreed = agreement(sample(single), sample(half), y)

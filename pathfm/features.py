@@ -106,7 +106,9 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
         if _stale(path, record, len(tiles)):
-            chosen, agreed = extractors.choose(make, precision, len(tiles), *_sample(tiles))
+            chosen, agreed = extractor, None
+            if precision != "float32":
+                chosen, agreed = extractors.choose(make, precision, len(tiles), *_sample(tiles))
             with kept_memory(torch.device(device or "cpu")):
                 width = _write(path, chosen, tiles, batch_size, name or extractor.name)
             told = {"bfloat16": agreed._asdict()} if agreed else {}

@@ -201,6 +201,8 @@ def test_a_slide_without_a_tile_is_quarantined(index):
     assert found.quarantined["slide_id"].tolist() == ["tiny-000", "tiny-002"]
     with pytest.raises(InputError, match="has features. The first: .*"):
         bags.extract("colour", index, CUT._replace(tile_px=5000))
+    with pytest.raises(InputError, match="has features. The first: .*"):
+        bags.extract(tiny_vit(), index, CUT._replace(tile_px=5000), precision="bfloat16")
 
 
 def test_wrong_calls_say_what_would_be_right(index):

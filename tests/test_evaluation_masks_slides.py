@@ -1,12 +1,15 @@
 """The same command gives a backbone its row on masks and on slides: Dice, balanced accuracy, floors beside them."""
 
+import pickle
+
+import cloudpickle
 import miniatures
 import numpy as np
 import pandas as pd
 import pytest
 from slide_files import tissue_pixels, write_slide
 
-from pathfm import InputError, evaluation, export, jobs, leaderboard, runs, segment, slide_probe, tasks, vit
+from pathfm import InputError, bags, evaluation, export, jobs, leaderboard, runs, segment, slide_probe, tasks, vit
 from pathfm.__main__ import main
 from pathfm.segment import SegmentationProtocol
 from pathfm.slide_probe import SlideProtocol
@@ -132,19 +135,27 @@ def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):
     assert set(whole.table["predicted"]) <= set(fitted.classes)
 
 
-def test_workers_embed_the_slides_of_backbone_and_floors(labels, tmp_path, small, monkeypatch):
-    """Two Dask workers give the row that one process gives, of bags that are made anew."""
-    slides = tasks.read("tp53", labels[0], slides=labels[1])
-    alone, table = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD)
+def test_workers_embed_the_slides_of_backbone_and_floors(labels, small, tmp_path, monkeypatch):
+    """What is sent names each network and can be pickled; test_bags has workers of flesh and blood."""
+    monkeypatch.setattr(evaluation, "SLIDE_FLOORS", ("colour",))
+    slides, sent, own = tasks.read("tp53", labels[0], slides=labels[1]), [], jobs.run
+
+    def run(function, todo, crashed, workers=0, scheduler=None, **how):
+        todo = {key: pickle.loads(cloudpickle.dumps(arguments)) for key, arguments in todo.items()}
+        sent.extend(((workers or 0, scheduler), arguments[0]) for arguments in todo.values())
+        return own(function, todo, crashed)
+
+    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(evaluation, "SlideProtocol", lambda: HEAD)
+    told = ["evaluate", small, str(labels[0]), "--task", "tp53", "--slides", str(labels[1]), "--head", "mean"]
+    assert main([*told, "--scheduler", "tcp://host:8786", "--record", "true"]) == 0
+    assert {where for where, _ in sent} == {(0, "tcp://host:8786")}
+    names = [source.folder for _, source in sent if isinstance(source, bags.Source)]
+    assert len(sent) == 4 * 24 and names == [small] * 24 + [f"twin:{small}"] * 24  # the index and three bags
+    monkeypatch.setattr(jobs, "run", own)
     monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "another"))
-    asked = []
-    run = jobs.run
-    monkeypatch.setattr(
-        jobs, "run", lambda *given, **how: (asked.append((len(given[1]), *given[3:])), run(*given, **how))[1]
-    )
-    together, others = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD, workers=2)
-    assert asked[-5:] == [(24, 2, None)] * 5  # the backbone, its twin and three floors
-    assert together["score"] == alone["score"] and others["features"].tolist() == table["features"].tolist()
+    alone, _ = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD)
+    assert leaderboard.recorded()["score"][0] == pytest.approx(alone["score"], abs=1e-4)
 
 
 def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monkeypatch, capsys):

@@ -326,6 +326,8 @@ def test_features_that_are_not_finite_are_refused_by_name(tiles, cache):
         model.cls_token[0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="features 'broken' hold NaN or infinity, first for blue/0.png"):
         extract(model, tiles, name="broken")
+    with pytest.raises(InputError, match="24 of 24 feature rows hold NaN"):  # where precisions are compared
+        extract(model, tiles, precision="bfloat16")
     assert not list(cache.glob("*.npy"))
 
 
