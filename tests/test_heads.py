@@ -164,6 +164,9 @@ def test_half_precision_and_memory_maps_are_read_as_they_are(tmp_path, monkeypat
     mapped = heads.fit(chosen, np.load(tmp_path / "x.npy", mmap_mode="r"), y, train, validate)
     whole = heads.fit(chosen, half.astype(np.float32), y, train, validate)
     assert torch.equal(mapped.weight, whole.weight)
+    for own in (half, x):  # what another device than the CPU gets
+        held = heads._Rows(own, "cpu")._copied(np.load(tmp_path / "x.npy", mmap_mode="r") if own is half else own)
+        assert held.dtype == torch.from_numpy(own).dtype and np.array_equal(held.numpy(), own)
 
 
 @pytest.mark.parametrize(
