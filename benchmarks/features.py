@@ -47,7 +47,7 @@ def bare(model, ready: torch.Tensor, precision: str) -> None:
 
 
 def unasked(make, precision: str, *others) -> tuple[extractors.Extractor, None]:
-    """`extractors.choose` without a look at what bfloat16 changes: a large set pays that once, these few tiles wholly."""
+    """`extractors.choose` without a look at what bfloat16 changes, which only a large set pays for easily."""
     return make(precision), None
 
 
