@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
 from torch import nn
 
-from pathfm import bags, export, extractors, slide_probe, synthetic, vit
+from pathfm import bags, export, slide_probe, synthetic, vit
 from pathfm.bags import Bags, Cut
 from pathfm.cohort import Cohort
 from pathfm.devices import kept_memory
@@ -29,7 +27,6 @@ from pathfm.storage import cache_dir
 LABELS = ("B0", "B1", "B2", "B3")  # a coin; common; subtle and rare; spatial
 # Standardised, unlike eva's: colour and texture lie between 0 and 1, and would hardly be trained as they are.
 PROTOCOL = SlideProtocol(standardise=True)
-SAMPLE = 8  # slides on which bfloat16 is compared with float32, some 360 tiles
 HEADS = {"abmil": 20, "mean": 20, "max": 20, "transmil": 3}  # runs; one of TransMIL takes a minute and more of a core
 CUT = Cut(tile_px=224, mpp=1.0)  # some 45 tiles a slide, a few minutes of one core
 
@@ -39,25 +36,17 @@ def sources(index: SlideIndex, model: str | Path | None = None, cut: Cut = CUT, 
 
     where  folder and device of `bags.extract`
 
-    Networks are asked in bfloat16 where the neighbours of SAMPLE slides' tiles stay as in float32, else in float32;
-    what was found stands in the provenance.
+    Networks are asked in bfloat16 where the neighbours of a sample of tiles stay as in float32, else in float32; what
+    was found stands in the provenance. What bfloat16 does to a probe is not asked: the labels are of slides.
     """
     yield bags.extract("colour+lbp", index, cut, name="colour + LBP", **where)
+    how = {"pool": "both", "precision": "auto", **where}
     if model is None:
-        yield _embedded(_random_vit(), index, cut, None, "random weights", where)
+        yield bags.extract(_random_vit(), index, cut, name="random weights", **how)
         return
     network, preprocess = export.load(model)
-    yield _embedded(random_twin(network), index, cut, preprocess, "random weights", where)
-    yield _embedded(network, index, cut, preprocess, "pretrained", where)
-
-
-def _embedded(network: nn.Module, index: SlideIndex, cut: Cut, preprocess, name: str, where: dict) -> Bags:
-    some = index.subset(index.usable["slide_id"].iloc[:SAMPLE].tolist())
-    make = functools.partial(bags.extract, network, cut=cut, preprocess=preprocess, pool="both", name=name, **where)
-    pair = [np.concatenate(list(make(some, precision=one))) for one in ("float32", "bfloat16")]
-    agreed = extractors.agreement(*pair)
-    found = make(index, precision="bfloat16" if agreed.same else "float32")
-    return replace(found, provenance={**found.provenance, "bfloat16": {"neighbours": agreed.neighbours}})
+    yield bags.extract(random_twin(network), index, cut, preprocess, name="random weights", **how)
+    yield bags.extract(network, index, cut, preprocess, name="pretrained", **how)
 
 
 def _random_vit() -> nn.Module:

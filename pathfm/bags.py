@@ -24,9 +24,10 @@ from pathfm.extractors import Extractor
 from pathfm.features import ahead
 from pathfm.grids import Grid
 from pathfm.index import SlideIndex
-from pathfm.storage import atomic, atomic_path, cache_dir, progress
+from pathfm.storage import atomic, atomic_path, cache_dir, progress, read_json, write_json
 
 BATCH = 64  # tiles read and embedded at once
+SAMPLED = 32  # slides on whose tiles bfloat16 is compared with float32
 
 
 class Cut(NamedTuple):
@@ -154,7 +155,8 @@ def extract(
     model      as in `features.extract`; of the floors those that look at pixels: colour, histogram, lbp, colour+lbp
     cut        which tiles; None: Cut()
     folder     of the cache; None is <cache_dir>/bags. One file a slide, so that what was killed goes on
-    precision  "float32" or "bfloat16"
+    precision  "float32", "bfloat16" or "auto", as `features.extract` has it; of a sample of SAMPLED slides' tiles the
+               neighbours are compared, for tiles of slides have no labels that a probe could be asked
     workers    processes on this machine, one slide each at a time; 0 or 1: this process
     scheduler  address of a Dask scheduler; its workers see slides, index and model under the same paths
 
@@ -162,25 +164,26 @@ def extract(
     every one, and where a network is to go to workers that is no folder.
     """
     cut = cut or Cut()
-    parallel = workers > 1 or scheduler is not None
-    extractor, source = _extractor(model, preprocess, pool, layers, precision, device, parallel)
-    folder = Path(folder) if folder else cache_dir() / "bags"
-    usable = index.usable
+    make, folder = _maker(model, preprocess, pool, layers, device), Path(folder) if folder else cache_dir() / "bags"
+    folder.mkdir(parents=True, exist_ok=True)
     reasons = dict(zip(index.quarantined["slide_id"], index.quarantined["reason"], strict=True))
-    found, todo = {}, {}
-    for row in usable.itertuples():
-        one = index.subset([row.slide_id])
+    found, todo, grids = {}, {}, []
+    for row in index.usable.itertuples():
         try:
-            grid, taken = cut.tiles(one)
+            grid, taken = cut.tiles(index.subset([row.slide_id]))
         except InputError as error:
             reasons[row.slide_id] = str(error)
-            continue
-        names = grid.table.iloc[taken].drop(columns="i").reset_index(drop=True)
+        else:
+            grids.append((row, grid.table.iloc[taken].drop(columns="i").reset_index(drop=True)))
+    extractor, told = _chosen(make, precision, index, cut, grids, folder)
+    source = extractor
+    if workers > 1 or scheduler is not None:
+        source = _source(model, preprocess, pool, layers, extractor, device)
+    for row, names in grids:
         path = folder / f"{_key(extractor.key, row, names)}.npy"
         found[row.slide_id] = path, names
         if not _whole(path, len(names)):
-            todo[row.slide_id] = source, one, cut
-    folder.mkdir(parents=True, exist_ok=True)
+            todo[row.slide_id] = source, index.subset([row.slide_id]), cut
     with FileLock(folder / f"{_hash(extractor.key)}.lock"):
         results = jobs.run(embed_slide, todo, _crashed, workers, scheduler)
         with contextlib.closing(results):
@@ -190,7 +193,7 @@ def extract(
                     del found[slide_id]
                 else:
                     _keep(found[slide_id][0], result)
-    return _bags(name or extractor.name, index, found, reasons, {**extractor.provenance, **cut._asdict()})
+    return _bags(name or extractor.name, index, found, reasons, {**extractor.provenance, **told, **cut._asdict()})
 
 
 def embed_slide(source: Source | Extractor, index: SlideIndex, cut: Cut) -> np.ndarray | str:
@@ -215,22 +218,66 @@ def embed_slide(source: Source | Extractor, index: SlideIndex, cut: Cut) -> np.n
         found.append(x)
 
 
-def _extractor(model, preprocess, pool, layers, precision, device, parallel) -> tuple[Extractor, Source | Extractor]:
-    """The extractor here, and what stands for it in a job."""
+def _maker(model, preprocess, pool: str, layers: int, device) -> Callable[[str], Extractor]:
+    """Precision -> the extractor; a floor has one precision."""
     if isinstance(model, str) and model in extractors.FLOORS:
         if model not in DESCRIPTORS:
             raise InputError(f"the floor '{model}' is of labelled tiles; slides take {', '.join(DESCRIPTORS)}")
-        return (known := extractors.floor(model, None)), known
-    if precision == "auto":
-        raise InputError("precision 'auto' compares labelled tiles; of slides say float32 or bfloat16")
-    made = extractors.backbone(model, preprocess, pool, layers, precision, device)
-    if not parallel:
-        return made, made
+        known = extractors.floor(model, None)
+        return lambda precision: known
+    return extractors.maker(model, preprocess, pool, layers, device)
+
+
+def _chosen(make, precision: str, index: SlideIndex, cut: Cut, grids: list, folder: Path) -> tuple[Extractor, dict]:
+    """The extractor of a precision, and how far bfloat16 agreed with float32, measured once for the same slides."""
+    asked = make(precision)
+    if not grids or asked.provenance.get("precision", "float32") == "float32":
+        return asked, {}
+    record = folder / f"{_hash(*(_key(asked.key, *slide) for slide in grids))}.json"
+    with contextlib.suppress(InputError):
+        said = read_json(record)
+        return make(said["precision"]), {"bfloat16": said["bfloat16"]}
+    images: list[np.ndarray] = []
+
+    def sample(extractor: Extractor) -> np.ndarray:
+        images.extend([] if images else _images(index, cut, grids))
+        parts = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return np.concatenate([np.asarray(extractor.features(part, None), np.float32) for part in parts])
+
+    extractor, agreed = extractors.choose(make, precision, sum(len(names) for _, names in grids), sample)
+    if agreed is None:
+        return extractor, {}
+    told = {"bfloat16": agreed._asdict()}
+    write_json(record, {"precision": extractor.provenance["precision"], **told})
+    return extractor, told
+
+
+def _images(index: SlideIndex, cut: Cut, grids: list) -> list[np.ndarray]:
+    """About extractors.SAMPLE tiles of up to SAMPLED slides; one that cannot be read gives none."""
+    some_slides = np.unique(np.linspace(0, len(grids) - 1, min(SAMPLED, len(grids))).astype(int))
+    found, each = [], -(-extractors.SAMPLE // len(some_slides))
+    for row in (grids[i][0] for i in some_slides):
+        grid, taken = cut.tiles(index.subset([row.slide_id]))
+        some = taken[np.unique(np.linspace(0, len(taken) - 1, each).astype(int))]
+        with contextlib.suppress(InputError):  # the slide's, which will be quarantined
+            found += [tile.image for tile in grid.__getitems__(some)]
+    if not found:
+        raise InputError(f"no slide of {index} can be read to compare precisions; say precision='float32'")
+    return found
+
+
+def _source(model, preprocess, pool: str, layers: int, extractor: Extractor, device) -> Extractor | Source:
+    """What stands for an extractor in a job on another machine."""
     if isinstance(model, nn.Module):
         raise InputError("a network in memory does not go to other processes; write it with pathfm.export.export "
                          "and give its folder")  # fmt: skip
-    folder = str(model) if ":" in str(model) else str(Path(model).absolute())
-    return made, Source(folder, made.provenance["weights"], preprocess, pool, layers, precision, device)
+    if "weights" not in extractor.provenance:
+        return extractor  # a floor
+    name = str(model).removeprefix("twin:")
+    whole = name if ":" in name else str(Path(name).absolute())  # workers have a working folder of their own
+    folder = whole if name == str(model) else f"twin:{whole}"
+    how = extractor.provenance["weights"], preprocess, pool, layers, extractor.provenance["precision"], device
+    return Source(folder, *how)
 
 
 @functools.lru_cache(maxsize=1)
@@ -239,7 +286,10 @@ def _opened(source: Source) -> Extractor:
     folder, weights, *how = source
     made = extractors.backbone(folder, *how)
     if made.provenance["weights"] != weights:
-        raise InputError(f"{folder} holds other weights on a worker than here; copy the model to where workers see it")
+        raise InputError(
+            f"{folder} holds other weights on a worker than here; copy the model to where workers see it. Random ones "
+            "are the same where machines and their torch are"
+        )
     return made
 
 

@@ -18,6 +18,7 @@ from pathfm import (
     backbones,
     bags,
     confounding,
+    extractors,
     leaderboard,
     mask_floors,
     probe,
@@ -99,6 +100,7 @@ def evaluate(
     device: str | None = None,
     layers: int = 1,
     precision: str = "float32",
+    learning_rates: Sequence[float] = (),
     **how,
 ) -> Evaluated:
     """The row of a backbone on tiles with roles.
@@ -112,6 +114,7 @@ def evaluate(
     name           on the leaderboard; the backbone's own where empty. A pool other than "cls", more layers, another
                    input size and bfloat16 stand behind it, so that their rows do not replace each other
     device         of the backbone and of eva's heads, layers and precision: as in `features.extract`
+    learning_rates among which eva's heads choose on validate, floors too; the row's protocol says so
 
     Raises InputError for an unknown protocol, patch tokens of a backbone without any, and what the probe refuses.
     """
@@ -120,11 +123,11 @@ def evaluate(
     if protocol in ON_TEST and "test" not in set(tiles.table["role"]):
         raise InputError(f"{tiles.name} stops and reports on the same images; take split 'clean', or a protocol of eva")
     model, preprocess = backbones.load(backbone, **how)
-    if backbones.only_cls(model) and pool != "cls":
-        raise InputError(f"{backbone} gives one vector an image and no patch tokens; take pool='cls'")
     name, fit = name or Path(str(backbone)).name, PROTOCOLS[protocol]
-    if device and protocol in protocols.PROTOCOLS:
-        fit = functools.partial(fit, device=device)
+    if protocol in protocols.PROTOCOLS:
+        fit = functools.partial(fit, device=device or "cpu", learning_rates=learning_rates)
+    elif learning_rates:
+        raise InputError(f"learning rates are of eva's heads; {protocol} has none")
     made = {"device": device, "layers": layers, "precision": precision}
     features = extract(model, tiles, preprocess, pool, name, **made)
     answers = fit(features)
@@ -138,7 +141,8 @@ def evaluate(
     role = answers.settings.get("reported on", "test")
     table = confounding.beside(scores.scores([answers, *floors]), [features], role)
     beside = table.iloc[0][list(confounding.COLUMNS)].to_dict()
-    return Evaluated(row | beside | {"note": f"{row['note']}; pool {pool}"}, table)
+    note = "; ".join(filter(None, [row["note"], f"pool {pool}", extractors.compared(features.provenance)]))
+    return Evaluated(row | beside | {"note": note}, table)
 
 
 def _model(name: str, pool: str, layers: int = 1, input_px: int | None = 0, made: Mapping | None = None) -> str:
@@ -232,6 +236,8 @@ def slide_labels(
     device: str | None = None,
     layers: int = 1,
     precision: str = "float32",
+    workers: int = 0,
+    scheduler: str | None = None,
     **how,
 ) -> Evaluated:
     """The row of a backbone on slides with labels: balanced accuracy of heads on bags of its features.
@@ -240,23 +246,23 @@ def slide_labels(
     head      of `mil.HEADS`; the row says "eva-2026" of abmil, "eva-2026, mean" and so on of the others
     protocol  None: eva's, twenty runs; the row says ", changed" of another
     device, layers, precision   of the backbone, as in `bags.extract`; the heads are trained on that device too
+    workers, scheduler   of indexing and of every bag, as in `bags.extract`
     others as in `evaluate`
 
     Floors are the same head on bags of SLIDE_FLOORS (standardised, or it would hardly be trained) and of random
     weights; chance; and of two classes what size alone (`size_alone`), cancer type alone, site alone and both say
     (`sites.alone`). The row and the table have the AUC too where there are two classes.
     """
-    model, preprocess = backbones.load(backbone, **how)
+    _, preprocess = backbones.load(backbone, **how)
     evas, name = SlideProtocol(), name or Path(str(backbone)).name
     protocol = protocol or evas
-    index = SlideIndex.build(slides.cohort())
+    index = SlideIndex.build(slides.cohort(), workers=workers or None, scheduler=scheduler)
     cut = Cut(SLIDE_PX, slides.mpp or SLIDE_MPP, most=SLIDE_TILES.get(leaderboard.plain(task), 0))
-    made = {"device": device, "layers": layers, "precision": precision}
-    found = {
-        name: bags.extract(model, index, cut, preprocess, pool, name, **made),
-        "random weights": bags.extract(random_twin(model), index, cut, preprocess, pool, "random weights", **made),
-    }
-    by_pixels = {probe.FLOOR_NAMES[floor]: bags.extract(floor, index, cut) for floor in SLIDE_FLOORS}
+    where = {"workers": workers, "scheduler": scheduler}
+    made = {"device": device, "layers": layers, "precision": precision, **where}
+    networks = {name: str(backbone), "random weights": f"twin:{backbone}"}  # names, which travel to workers
+    found = {one: bags.extract(named, index, cut, preprocess, pool, one, **made) for one, named in networks.items()}
+    by_pixels = {probe.FLOOR_NAMES[floor]: bags.extract(floor, index, cut, **where) for floor in SLIDE_FLOORS}
     standard = replace(protocol, standardise=True)
     fits = {one: slide_probe.fit(bag, "label", head, protocol, device or "cpu") for one, bag in found.items()}
     for one, bag in by_pixels.items():
@@ -271,6 +277,7 @@ def slide_labels(
     model_name = _model(name, pool, layers, how.get("input_px"), found[name].provenance)
     row = leaderboard.row_of([own], model_name, pretrained_on, _task(task, slides.name), floors)
     table, told = scores.scores([own, *floors]), [row["note"], slides.split, head, f"pool {pool}"]
+    told.append(extractors.compared(found[name].provenance))
     if len(slides.classes) == 2:
         areas = _areas(list(fits.values()), own, alone, slides.classes)
         table = table.assign(auc=areas["auc"].to_numpy())
@@ -346,8 +353,10 @@ def robustness(
         model, preprocess = backbones.load(backbone, **how)
         found = extract(model, tiles, preprocess, pool, device=device, layers=layers, precision=precision)
         x, table = pathorob.align(found.x, tiles, table)
-        name = _model(name, pool, layers, how.get("input_px"), found.provenance)
-        bad, note = len(tiles.quarantined), f"pool {pool}"
+        provenance = found.provenance
+        name = _model(name, pool, layers, how.get("input_px"), provenance)
+        bad = len(tiles.quarantined)
+        note = "; ".join(filter(None, [f"pool {pool}", extractors.compared(provenance)]))
     found = pathorob.robustness(about, x, table)
     return {
         "model": name,

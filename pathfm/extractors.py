@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from pathfm import backbones, export
 from pathfm.benchmarks import TileSet
 from pathfm.descriptors import DESCRIPTORS, VERSION
 from pathfm.errors import InputError, nearest
-from pathfm.metrics import balanced_accuracy
+from pathfm.metrics import balanced_accuracy, finite
 from pathfm.neighbours import nearest as nearest_rows
 from pathfm.neighbours import vote
 
@@ -67,31 +66,46 @@ def backbone(
 
     Raises InputError for a name that is none, and for a pool, precision or layers that the model does not have.
     """
+    return maker(model, preprocess, pool, layers, device)(precision)
+
+
+def maker(
+    model: nn.Module | str | Path,
+    preprocess: Callable[[np.ndarray], Tensor] | None = None,
+    pool: str = "cls",
+    layers: int = 1,
+    device: str | None = None,
+) -> Callable[[str], Extractor]:
+    """Precision -> `backbone`, of one network that is loaded once."""
     if pool not in POOLS:
         raise InputError(f"unknown pool '{pool}'.{nearest(pool, POOLS)}")
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision '{precision}'.{nearest(precision, PRECISIONS)}")
-    name = type(model).__name__
     if isinstance(model, str | Path):
         if isinstance(model, str) and ":" not in model and not Path(model).exists():
             raise InputError(f"'{model}' is neither a folder nor a floor.{nearest(model, FLOORS)}")
         name = Path(model).name
         model, preprocess = backbones.load(model) if preprocess is None else (backbones.network(model), preprocess)
-    depth = len(getattr(model, "blocks", ()))
-    if layers != 1 and not 1 <= layers <= depth:
-        raise InputError(f"{name} has {depth} blocks, not the {layers} layers asked for; take 1 to {max(depth, 1)}")
+    else:
+        name = backbones.kind(model)
+    if pool != "cls" and backbones.only_cls(model):
+        raise InputError(f"{name} gives one vector an image and no patch tokens; take pool='cls'")
+    backbones.check_layers(model, layers, name)
     preprocess = preprocess or _timm_preprocess(model)
-    weights = fingerprint(model)
     model = model if device is None else model.to(device)
-    told = {"weights": weights, "preprocess": repr(preprocess), "pool": pool}
-    more = {k: v for k, v in (("layers", layers), ("precision", precision)) if v not in (1, "float32")}
-    return Extractor(
-        name=name,
-        key=_hash(*told.values(), *(f"{k} {v}" for k, v in more.items())),
-        features=lambda images, rows: _embed(model, preprocess, images, pool, layers, precision),
-        provenance={"model": name, **told, "layers": layers, "precision": precision},
-        preprocess=preprocess,
-    )
+    told = {"weights": fingerprint(model), "preprocess": repr(preprocess), "pool": pool}
+
+    def of(precision: str) -> Extractor:
+        if precision not in PRECISIONS:
+            raise InputError(f"unknown precision '{precision}'.{nearest(precision, PRECISIONS)}")
+        more = {k: v for k, v in (("layers", layers), ("precision", precision)) if v not in (1, "float32")}
+        return Extractor(
+            name=name,
+            key=_hash(*told.values(), *(f"{k} {v}" for k, v in more.items())),
+            features=lambda images, rows: _embed(model, preprocess, images, pool, layers, precision),
+            provenance={"model": name, **told, "layers": layers, "precision": precision},
+            preprocess=preprocess,
+        )
+
+    return of
 
 
 class Agreement(NamedTuple):
@@ -100,25 +114,75 @@ class Agreement(NamedTuple):
     neighbours: float  # share of the k nearest that both have, mean over images, 0 to 1
     score: float  # difference of the leave-one-out kNN's balanced accuracy; nan without two classes
     linear: float = np.nan  # the same of a linear probe, each half answered by what the other half teaches
+    n: int = 0  # images
 
     @property
     def same(self) -> bool:
         moved = any(abs(score) > SAME_SCORE for score in (self.score, self.linear))  # nan is no movement
         return self.neighbours >= SAME_NEIGHBOURS and not moved
 
+    def __str__(self) -> str:
+        """What was compared, and what was found."""
+        points = {"kNN": self.score, "a linear probe": self.linear}
+        moved = [f"{name} by {100 * by:+.1f} points" for name, by in points.items() if not np.isnan(by)]
+        probes = f"moves {' and '.join(moved)}" if moved else "no probe was asked, for want of labels"
+        return f"bfloat16 leaves {self.neighbours:.1%} of the nearest neighbours of {self.n} images; {probes}"
+
 
 def agreement(a: np.ndarray, b: np.ndarray, y: np.ndarray | None = None, k: int = 20) -> Agreement:
-    """Of features a and b (N, D) of the same images, and their classes y (N,) where they have some."""
+    """Of features a and b (N, D) of the same images, and their classes y (N,) where they have some.
+
+    Raises InputError where a feature is not finite.
+    """
+    a, b = finite(a), finite(b)
     found = [nearest_rows(x, k=k) for x in (a, b)]
     ids = [one[0] for one in found]
-    shared = np.mean([len(np.intersect1d(p, q)) / ids[0].shape[1] for p, q in zip(*ids, strict=True)])
+    shared = float(np.mean([len(np.intersect1d(p, q)) / ids[0].shape[1] for p, q in zip(*ids, strict=True)]))
     if y is None or len(np.unique(y)) < 2:
-        return Agreement(float(shared), np.nan)
+        return Agreement(shared, np.nan, n=len(a))
     scores = [balanced_accuracy(y, vote(*one, y)) for one in found]
     if np.unique(y, return_counts=True)[1].min() < 2:  # a class of one image is in one half alone
-        return Agreement(float(shared), scores[1] - scores[0])
+        return Agreement(shared, scores[1] - scores[0], n=len(a))
     probes = [balanced_accuracy(y, _crossed(x, y)) for x in (a, b)]
-    return Agreement(float(shared), scores[1] - scores[0], probes[1] - probes[0])
+    return Agreement(shared, scores[1] - scores[0], probes[1] - probes[0], len(a))
+
+
+def choose(
+    make: Callable[[str], Extractor],
+    precision: str,
+    n: int,
+    sample: Callable[[Extractor], np.ndarray],
+    y: np.ndarray | None = None,
+) -> tuple[Extractor, Agreement | None]:
+    """The extractor of "auto" or "bfloat16" for n images, and how far bfloat16 agreed with float32 where it was asked.
+
+    sample  the features of up to SAMPLE of the images, and y their classes where they have some
+
+    "auto" takes bfloat16 where it is as good, and float32 of fewer than WORTH_A_SAMPLE images without a look. Who
+    says "bfloat16" has it, with a warning where it is not as good.
+    """
+    single = make("float32")
+    known = "precision" in single.provenance  # of a network; a floor has one
+    if not known or (precision == "auto" and n < WORTH_A_SAMPLE):
+        return single, None
+    half = make("bfloat16")
+    agreed = agreement(sample(single), sample(half), y)
+    if precision == "auto":
+        return half if agreed.same else single, agreed
+    if not agreed.same:
+        warnings.warn(
+            f"{single.name}: {agreed}, where {SAME_NEIGHBOURS:.0%} and {100 * SAME_SCORE:.1f} points are asked for; "
+            "precision 'auto' takes float32 then",
+            stacklevel=3,
+        )
+    return half, agreed
+
+
+def compared(provenance: Mapping) -> str:
+    """What the provenance of features says of their precision: "" for float32 that was never in question."""
+    if "bfloat16" in provenance:
+        return f"{provenance['precision']}: {Agreement(**provenance['bfloat16'])}"
+    return "bfloat16, not compared with float32" if provenance.get("precision") == "bfloat16" else ""
 
 
 def _crossed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -130,61 +194,6 @@ def _crossed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         said[half == test] = probe.fit(x[half != test], y[half != test]).predict(x[half == test])
     return said
-
-
-def random_twin(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same architecture with weights drawn anew by its own initialisation: the floor of every backbone.
-
-    What no initialisation of its own reaches is drawn by `_drawn`. Raises InputError for a weight that nothing says
-    how to draw: a trained one that stayed would make the floor no floor.
-    """
-    twin = copy.deepcopy(model).cpu()
-    own = twin.network if isinstance(twin, backbones.Tokens) else twin
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for parameter in own.parameters():
-            if parameter.is_floating_point():
-                parameter.fill_(torch.nan)  # whatever is NaN afterwards was not drawn
-        for module in own.modules():
-            for reset in ("_reset_parameters", "reset_parameters"):  # torch's attention has the first
-                if hasattr(module, reset):
-                    getattr(module, reset)()
-        _initialise(own)
-        for name, module in own.named_modules():
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.isnan().any():
-                    _drawn(f"{name}.{key}".lstrip("."), module, parameter)
-    return twin.eval()
-
-
-def _initialise(module: nn.Module) -> None:
-    """Calls init_weights of the outermost modules that have it: timm's and DINOv2's tokens, positions and ranges."""
-    if hasattr(module, "init_weights"):
-        module.init_weights()
-        return
-    for child in module.children():
-        _initialise(child)
-
-
-def _drawn(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
-    """A bare parameter as ViTs and their kin start: tokens, positions and tables from a truncated normal of 0.02, the
-    scale of a residual branch at what its module says or CaiT's 1e-5, further scales at 1, biases at 0.
-    """
-    key = name.rpartition(".")[2]
-    if "gamma" in key or "layer_scale" in key:
-        said = getattr(module, "init_values", 1e-5)
-        parameter.fill_(said if isinstance(said, float) else 1e-5)
-    elif key.endswith("bias"):
-        parameter.zero_()
-    elif key.endswith(("scale", "temperature")) or (key == "weight" and parameter.ndim == 1):
-        parameter.fill_(1)
-    elif parameter.ndim > 1 or re.search("token|embed|pos|table", key):
-        nn.init.trunc_normal_(parameter, std=0.02)
-    else:
-        raise InputError(
-            f"random weights of {type(module).__name__} cannot be drawn: nothing initialises {name}; give its module a "
-            "method reset_parameters"
-        )
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -215,18 +224,14 @@ def _embed(model: nn.Module, preprocess, images, pool: str, layers: int, precisi
     training = model.training
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            levels = _levels(model.eval(), x, layers)
+            levels = backbones.last_layers(model.eval(), x, layers)
     except torch.OutOfMemoryError:  # a RuntimeError that is no fault of the input
         raise
     except (AssertionError, RuntimeError) as error:  # timm asserts its input size, others find that tensors do not fit
-        raise InputError(f"{_name(model)} refuses an input of {tuple(x.shape)}: {error}") from None
+        raise InputError(f"{backbones.kind(model)} refuses an input of {tuple(x.shape)}: {error}") from None
     finally:
         model.train(training)
     return _pooled(model, levels, pool).float().cpu().numpy()
-
-
-def _name(model: nn.Module) -> str:
-    return type(model.network if isinstance(model, backbones.Tokens) else model).__name__
 
 
 def _prepared(preprocess: Callable, images: np.ndarray, device: torch.device) -> Tensor:
@@ -234,14 +239,6 @@ def _prepared(preprocess: Callable, images: np.ndarray, device: torch.device) ->
     if isinstance(preprocess, export.Preprocess):
         return preprocess(torch.from_numpy(images).to(device))
     return preprocess(images).to(device)
-
-
-def _levels(model: nn.Module, x: Tensor, layers: int) -> list[Tensor]:
-    """The tokens (B, prefix + N, D) of the last blocks, or a convolutional map (B, D, h, w)."""
-    if layers == 1:
-        return [model.forward_features(x)]
-    kept = {"return_prefix_tokens": True, "output_fmt": "NLC", "norm": True, "intermediates_only": True}
-    return [torch.cat([prefix, patches], 1) for patches, prefix in model.forward_intermediates(x, layers, **kept)]
 
 
 def _same_size(images: list[np.ndarray]) -> Iterator[np.ndarray]:

@@ -17,10 +17,11 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from pathfm import extractors
+from pathfm.backbones import random_twin
 from pathfm.benchmarks import TileSet
 from pathfm.devices import kept_memory
 from pathfm.errors import InputError
-from pathfm.extractors import FLOORS, POOLS, Extractor, fingerprint, metadata_columns, random_twin
+from pathfm.extractors import FLOORS, POOLS, Extractor, fingerprint, metadata_columns
 from pathfm.storage import cache_dir, explained, progress, read_json, write_json
 
 __all__ = ["FLOORS", "POOLS", "Features", "extract", "fingerprint", "metadata_columns", "pools", "random_twin"]
@@ -91,7 +92,7 @@ def extract(
     layers      the last so many blocks side by side; with pool "both" the CLS of all, then the means of all
     precision   "float32", "bfloat16", or "auto": bfloat16 for a large set where, on 512 of its tiles, 99 % of the
                 20 nearest neighbours stay and the scores of kNN and linear probe move by 0.2 points at most; stored
-                as float32
+                as float32. What was found stands in the provenance, of "bfloat16" too, which warns where it is less
 
     An extraction that was killed goes on behind its last whole batch, and gives the same numbers.
     Raises InputError for an unknown floor or pool, a model without the token or layers asked for, an input size
@@ -105,10 +106,13 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
         if _stale(path, record, len(tiles)):
-            chosen, measured = choose(make, tiles) if precision == "auto" else (extractor, {})
+            chosen, agreed = extractor, None
+            if precision != "float32":
+                chosen, agreed = extractors.choose(make, precision, len(tiles), *_sample(tiles))
             with kept_memory(torch.device(device or "cpu")):
                 width = _write(path, chosen, tiles, batch_size, name or extractor.name)
-            write_json(record, {"n": len(tiles), "d": width, "key": key, **chosen.provenance, **measured})
+            told = {"bfloat16": agreed._asdict()} if agreed else {}
+            write_json(record, {"n": len(tiles), "d": width, "key": key, **chosen.provenance, **told})
     provenance = {**read_json(record), "effective_mpp": _effective_mpp(extractor, tiles)}
     return Features(name or extractor.name, np.load(path, mmap_mode="r"), tiles, provenance)
 
@@ -118,22 +122,13 @@ def _maker(model, tiles: TileSet, preprocess, pool: str, layers: int, device) ->
     if isinstance(model, str) and model in FLOORS:
         known = extractors.floor(model, tiles)
         return lambda precision: known
-    return lambda precision: extractors.backbone(model, preprocess, pool, layers, precision, device)
+    return extractors.maker(model, preprocess, pool, layers, device)
 
 
-def choose(make: Callable[[str], Extractor], tiles: TileSet) -> tuple[Extractor, dict]:
-    """bfloat16 where a sample of the tiles says that it is as good, else float32; and what was measured."""
-    single = make("float32")
-    if len(tiles) < extractors.WORTH_A_SAMPLE or "precision" not in single.provenance:
-        return single, {}
-    sample = tiles.subset(np.linspace(0, len(tiles) - 1, extractors.SAMPLE).astype(int))
-    half = make("bfloat16")
-    agreed = extractors.agreement(_all(single, sample), _all(half, sample), sample.y)
-    return half if agreed.same else single, {"bfloat16": agreed._asdict()}
-
-
-def _all(extractor: Extractor, tiles: TileSet) -> np.ndarray:
-    return np.concatenate([extractor.features(images, rows) for images, rows in _batches(tiles, 64)])
+def _sample(tiles: TileSet) -> tuple[Callable[[Extractor], np.ndarray], np.ndarray]:
+    """The features of some tiles that lie as far apart as they may, and their classes."""
+    some = tiles.subset(np.unique(np.linspace(0, len(tiles) - 1, extractors.SAMPLE).astype(int)))
+    return lambda extractor: np.concatenate([extractor.features(*batch) for batch in _batches(some, 64)]), some.y
 
 
 def pools(features: Features) -> list[Features]:

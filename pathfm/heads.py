@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pathfm.errors import InputError
 from pathfm.protocols import Protocol
+from pathfm.rows import Rows, release
 
 LOW, LOW_EPOCHS = 1 / 3, 5  # torch's ConstantLR as eva leaves it: a third of the learning rate for five epochs
 READ_ROWS = 2048  # rows of features in memory at once while heads are judged
@@ -97,7 +97,15 @@ class _Rows:
 
     def __init__(self, x: np.ndarray, device: str | torch.device) -> None:
         self.device = torch.device(device)
-        self.x = x if self.device.type == "cpu" else torch.from_numpy(np.array(x)).to(self.device)
+        self.x = x if self.device.type == "cpu" else self._copied(x)
+
+    def _copied(self, x: np.ndarray) -> Tensor:
+        """All rows on the device, in half precision where they are; a block at a time passes through this memory."""
+        kind = torch.float16 if x.dtype == np.float16 else torch.float32
+        held = torch.empty(x.shape, dtype=kind, device=self.device)
+        for places, block in Rows(x).blocks():
+            held[places] = torch.from_numpy(block).to(self.device, kind)
+        return held
 
     def __getitem__(self, rows: Tensor | np.ndarray) -> Tensor:
         if isinstance(self.x, np.ndarray):
@@ -106,8 +114,8 @@ class _Rows:
 
     def release(self) -> None:
         """Gives back the pages of a large mapped file: they stay in the system's cache, but not in this process."""
-        if isinstance(self.x, np.memmap) and self.x.mode == "r" and self.x.nbytes > HELD_BYTES:
-            self.x._mmap.madvise(mmap.MADV_DONTNEED)
+        if isinstance(self.x, np.ndarray) and self.x.nbytes > HELD_BYTES:
+            release(self.x)
 
 
 class _Descent:
@@ -257,13 +265,7 @@ def _checked(chosen: Protocol, x, y, train, validate) -> tuple[np.ndarray, np.nd
         )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() < 1:
         raise InputError("labels must be integers from 0, of at least two classes")
-    rows = _Rows(x, "cpu")
-    for start in range(0, len(x), READ_ROWS):
-        bad = ~rows[np.arange(start, min(start + READ_ROWS, len(x)))].isfinite().all(1)
-        if bad.any():
-            first = start + int(bad.int().argmax())
-            raise InputError(f"features hold NaN or infinity, first in row {first}; look at the weights")
-    rows.release()
+    Rows(x).finite()
     for name, rows, least in (("train", train, max(1, chosen.shots)), ("validate", validate, 1)):
         counts = np.bincount(y[rows], minlength=y.max() + 1)
         if counts.min() < least:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from pathfm.errors import InputError
 from pathfm.neighbours import nearest, vote
+from pathfm.rows import Rows
 
 EPSILON = 1e-7  # added to each share of the spectrum, Garrido et al. 2022
 CONSTANT = 1e-6  # spread below this share of the largest value is rounding, not a feature
@@ -93,11 +94,7 @@ def odcorr(z: np.ndarray) -> ODCorr:
 def finite(z: np.ndarray) -> np.ndarray:
     """z as a float32 (N, D) matrix. Raises InputError where it is not one, or holds NaN or infinity."""
     z = np.asarray(z, dtype=np.float32)
-    if z.ndim != 2 or 0 in z.shape:
-        raise InputError(f"features must be a matrix (N tiles, D features), not of shape {z.shape}")
-    bad = ~np.isfinite(z).all(axis=1)
-    if bad.any():
-        raise InputError(f"{bad.sum()} of {len(z)} feature rows hold NaN or infinity, first row {bad.argmax()}")
+    Rows(z).finite()
     return z
 
 

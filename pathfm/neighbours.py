@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-BLOCK = 1024  # queries compared at once; bounds the memory at BLOCK x bank similarities
+from pathfm.rows import Rows
+
+QUERIES, KEYS = 2048, 4096  # compared at once: their similarities, and these rows, are all that is in memory
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:
@@ -14,8 +17,8 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
 
 
 def nearest(
-    bank: np.ndarray,
-    query: np.ndarray | None = None,
+    bank: np.ndarray | Rows,
+    query: np.ndarray | Rows | None = None,
     k: int = 20,
     bank_group: np.ndarray | None = None,
     query_group: np.ndarray | None = None,
@@ -24,28 +27,34 @@ def nearest(
 
     query   None searches the bank with itself; a row is never its own neighbour
     groups  a neighbour of the query's own group (the same patient or slide) is left out
-    Where fewer than k rows remain, the id is -1 and the cosine -inf.
+    Where fewer than k rows remain, the id is -1 and the cosine -inf. Both sides are read a block at a time.
     """
     itself = query is None
-    bank = unit_rows(bank)
-    query = bank if itself else unit_rows(query)
+    bank = Rows.of(bank).changed(unit_rows)
+    query = bank if itself else Rows.of(query).changed(unit_rows)
     query_group = bank_group if itself else query_group
     k = min(k, len(bank))
-    ids, cosines = np.empty((len(query), k), np.int64), np.empty((len(query), k), np.float32)
-    for start in range(0, len(query), BLOCK):
-        rows = np.arange(start, min(start + BLOCK, len(query)))
-        similarity = query[rows] @ bank.T
-        if itself:
-            similarity[rows - start, rows] = -np.inf
-        if bank_group is not None:
-            similarity[query_group[rows, None] == bank_group[None, :]] = -np.inf
-        top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        found = np.take_along_axis(similarity, top, axis=1)
-        order = np.argsort(-found, axis=1, kind="stable")
-        cosines[rows] = np.take_along_axis(found, order, axis=1)
-        ids[rows] = np.take_along_axis(top, order, axis=1)
+    ids, cosines = np.full((len(query), k), -1), np.full((len(query), k), -np.inf, np.float32)
+    for asked, rows in query.blocks(QUERIES):
+        for there, keys in bank.blocks(KEYS):
+            similarity = rows @ keys.T
+            if itself:
+                same = np.arange(max(asked.start, there.start), min(asked.stop, there.stop))
+                similarity[same - asked.start, same - there.start] = -np.inf
+            if bank_group is not None:
+                similarity[query_group[asked, None] == bank_group[None, there]] = -np.inf
+            new, places = _top(similarity, k)
+            both = np.concatenate([cosines[asked], new], axis=1), np.concatenate([ids[asked], places + there.start], 1)
+            cosines[asked], best = _top(both[0], k)
+            ids[asked] = np.take_along_axis(both[1], best, axis=1)
     ids[np.isneginf(cosines)] = -1
     return ids, cosines
+
+
+def _top(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest of each row, or all where there are fewer, and their places; largest first."""
+    found = torch.topk(torch.from_numpy(values), min(k, values.shape[1]), dim=1)
+    return found.values.numpy(), found.indices.numpy()
 
 
 def vote(ids: np.ndarray, cosines: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
-from pathfm import uni
+from pathfm import regression, uni
 from pathfm.errors import InputError
 from pathfm.errors import nearest as nearest_name
 from pathfm.metrics import CONSTANT, balanced_accuracy, finite
 from pathfm.neighbours import nearest, vote
+from pathfm.rows import Rows
 from pathfm.scores import Prediction, interval, paired, scores
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ __all__ = [
 ]
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse L2 penalty on standardised features; ours, fixed
-MAX_ITER = 500  # of L-BFGS
+SEARCHED = ", learning rate searched"  # behind a protocol's name
 FLOOR_NAMES = {
     "chance": "chance",
     "colour": "colour mean and spread",
@@ -67,16 +65,28 @@ def linear(features: Features, seed: int = 0, grid: Sequence[float] = C_GRID) ->
     Raises InputError where a role is missing or probe-train lacks a class.
     """
     train, validate, test = (_rows(features, role) for role in ("probe-train", "validate", "test"))
-    x, y = finite(features.x), features.y
-    mean, spread = x[train].mean(axis=0), x[train].std(axis=0)
-    x = (x - mean) / np.where(spread > CONSTANT * np.abs(x[train]).max(axis=0), spread, 1)
+    (classes, codes), x = np.unique(features.y, return_inverse=True), Rows(features.x).finite()
+    mean, spread = _scaling(x.take(train))
+    fitted_on, judged_on, asked = (
+        x.take(rows).changed(lambda block: (block - mean) / spread) for rows in (train, validate, test)
+    )
     best, chosen, model = -1.0, None, None
     for c in grid:
-        model = _fit(x[train], y[train], c, model)
-        score = balanced_accuracy(y[validate], model.predict(x[validate]))
+        model = regression.balanced(fitted_on, codes[train], c, model)  # from the last one of the path
+        score = balanced_accuracy(codes[validate], model.answers(judged_on))
         if score > best:
-            best, chosen, answers = score, c, model.predict(x[test])
+            best, chosen, answers = score, c, classes[model.answers(asked)]
     return _prediction(features, "linear", test, answers, seed, {"C": chosen, "validate": best})
+
+
+def _scaling(x: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and spread (D,) float32 of features; a feature that does not vary is left as it is."""
+    mean, square, largest = x.mean(), np.zeros(x.d), np.zeros(x.d, np.float32)
+    for _, block in x.blocks():
+        square += ((block - mean) ** 2).sum(axis=0, dtype=np.float64)
+        largest = np.maximum(largest, np.abs(block).max(axis=0))
+    spread = np.sqrt(square / len(x)).astype(np.float32)
+    return mean, np.where(spread > CONSTANT * largest, spread, np.float32(1))
 
 
 def knn(features: Features, seed: int = 0, k: int = 20, centred: bool = False) -> Prediction:
@@ -85,22 +95,32 @@ def knn(features: Features, seed: int = 0, k: int = 20, centred: bool = False) -
     centred  on the mean of probe-train first, as UNI's neighbours are
     """
     train, validate, test = (_rows(features, role) for role in ("probe-train", "validate", "test"))
-    x, y = finite(features.x), features.y
+    x, y = Rows(features.x).finite(), features.y
     if centred:
-        x = x - x[train].mean(axis=0)
-    found = {name: vote(*nearest(x[train], x[rows], k), y[train]) for name, rows in (("v", validate), ("t", test))}
+        mean = x.take(train).mean()
+        x = x.changed(lambda block: block - mean)
+    bank = x.take(train)
+    found = {name: vote(*nearest(bank, x.take(rows), k), y[train]) for name, rows in (("v", validate), ("t", test))}
     settings = {"k": k, "validate": balanced_accuracy(y[validate], found["v"])}
     return _prediction(features, "kNN (centred)" if centred else "kNN", test, found["t"], seed, settings)
 
 
 def eva(
-    features: Features, name: str = "eva-2026", seed: int = 0, device: str = "cpu", slides: bool = False, **changes
+    features: Features,
+    name: str = "eva-2026",
+    seed: int = 0,
+    device: str = "cpu",
+    slides: bool = False,
+    learning_rates: Sequence[float] = (),
+    **changes,
 ) -> Prediction:
     """A linear head by a protocol of eva, all runs at once; answers on test or, where there is none, on validate.
 
-    name     one of `pathfm.protocols.PROTOCOLS`
-    slides   20 runs, as eva has for slides
-    changes  to the protocol, such as lr or runs; the answers' settings hold it as it ran
+    name            one of `pathfm.protocols.PROTOCOLS`
+    slides          20 runs, as eva has for slides
+    learning_rates  in place of the protocol's: all are trained side by side, and that of the best mean score on
+                    validate answers, the first of equals. The probe is then called SEARCHED, for eva has one rate
+    changes         to the protocol, such as lr or runs; the answers' settings hold it as it ran
 
     The score is the mean of the runs', for `right` of the table is the share of them that are right; `predicted` is
     what most of them say. Runs are noise of the optimiser, and no seeds: settings have their `scores` one by one, and
@@ -116,19 +136,23 @@ def eva(
     y, classes = features.y, len(features.tiles.classes)
     chosen = protocol(name, len(train), len(validate), classes)
     chosen = replace(chosen, **({"runs": 20} if slides else {}), **changes)
-    found = heads.fit(chosen, features.x, y, train, validate, seed, device=device)
-    said = found.answers(features.x, asked)[0]
+    rates = tuple(learning_rates) or (chosen.lr,)
+    found = heads.fit(chosen, features.x, y, train, validate, seed, rates, device)
+    best = int(found.validate.mean(axis=1).argmax())
+    said = found.answers(features.x, asked)[best]
     right = said == y[asked]
     most = (said[..., None] == np.arange(classes)).sum(axis=0).argmax(axis=1)
     settings = {
         **asdict(chosen),
+        "lr": rates[best],
+        "learning rates": rates,
         "reported on": role,
-        "validate": float(found.validate.mean()),
+        "validate": float(found.validate[best].mean()),
         "scores": [balanced_accuracy(y[asked], one) for one in said],
-        "kept": found.kept[0].tolist(),
-        "stopped": found.stopped[0].tolist(),
+        "kept": found.kept[best].tolist(),
+        "stopped": found.stopped[best].tolist(),
     }
-    answer = _prediction(features, name, asked, most, seed, settings)
+    answer = _prediction(features, f"{name}{SEARCHED}" if len(rates) > 1 else name, asked, most, seed, settings)
     return replace(answer, table=answer.table.assign(right=right.mean(axis=0)))
 
 
@@ -141,16 +165,16 @@ def logistic(features: Features, seed: int = 0) -> Prediction:
     if role == "test":
         train = train | _rows(features, "validate")
     asked = _rows(features, role)
-    fitted = uni.logistic(features.x[train], features.y[train])
+    fitted = uni.logistic(Rows(features.x, train), features.y[train])
     settings = {"reported on": role, "objective": fitted.objective}
-    return _prediction(features, "logistic", asked, fitted.answers(features.x[asked]), seed, settings)
+    return _prediction(features, "logistic", asked, fitted.answers(Rows(features.x, asked)), seed, settings)
 
 
 def simpleshot(features: Features, seed: int = 0) -> Prediction:
     """The class whose mean over probe-train is nearest, after centring and normalising; answers on test or validate."""
     role, train = _reported(features), _rows(features, "probe-train")
     asked = _rows(features, role)
-    said = uni.simpleshot(features.x[train], features.y[train], features.x[asked])
+    said = uni.simpleshot(Rows(features.x, train), features.y[train], Rows(features.x, asked))
     return _prediction(features, "SimpleShot", asked, said, seed, {"reported on": role})
 
 
@@ -163,12 +187,12 @@ def few_shot(
     low and high hold 95 % of the episodes: they tell of the draw, not of the patients
     """
     train, asked = _rows(features, "probe-train"), _rows(features, _reported(features), True)
-    y = features.y
+    y, support, queries = features.y, Rows(features.x, train), Rows(features.x, asked)
     if shots is None:
         shots = 2 ** np.arange(int(np.log2(np.bincount(y[train]).min())) + 1)
     rows = []
     for n in shots:
-        found = uni.episodes(features.x[train], y[train], features.x[asked], y[asked], int(n), episodes, seed)
+        found = uni.episodes(support, y[train], queries, y[asked], int(n), episodes, seed)
         low, high = np.quantile(found, [0.025, 0.975])
         rows.append({"shots": int(n), "balanced_accuracy": found.mean(), "sd": found.std(), "low": low, "high": high})
     return pd.DataFrame(rows).assign(episodes=episodes, n_tiles=int(asked.sum()))
@@ -177,7 +201,8 @@ def few_shot(
 def retrieval(features: Features, ks: Sequence[int] = (1, 3, 5)) -> dict[str, float]:
     """`pathfm.uni.retrieval` of test (or validate) among probe-train."""
     train, asked = _rows(features, "probe-train"), _rows(features, _reported(features))
-    return uni.retrieval(features.x[train], features.y[train], features.x[asked], features.y[asked], ks)
+    x, y = features.x, features.y
+    return uni.retrieval(Rows(x, train), y[train], Rows(x, asked), y[asked], ks)
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k: int = 20) -> float:
@@ -326,14 +351,6 @@ def leakage(
     honest = table.loc[table["split"] == "patient", "balanced_accuracy"]
     table["over_patient"] = table["balanced_accuracy"] - (honest.iloc[0] if len(honest) else np.nan)
     return table
-
-
-def _fit(x: np.ndarray, y: np.ndarray, c: float, warm: LogisticRegression | None) -> LogisticRegression:
-    """One regression, started from the last one of the path."""
-    model = warm or LogisticRegression(class_weight="balanced", max_iter=MAX_ITER, warm_start=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties on separable data never settle
-        return model.set_params(C=c).fit(x, y)
 
 
 def _reported(features: Features) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pathfm import export
+from pathfm import backbones, export
 from pathfm.benchmarks import patient_column, patients
 from pathfm.ensemble import Ensemble, apply
 from pathfm.errors import InputError, nearest
@@ -195,14 +195,13 @@ def fit(
     device      to move the model to, where the decoders are trained too; None leaves it where it is
 
     On a GPU all runs are trained side by side, as far as they fit (BYTES_AT_ONCE), each as if it were alone. The tokens
-    are those of the last block before the final norm, as eva takes them from timm. Raises InputError for an unknown
-    decoder, a role without images, a size that the patch does not divide, a network without blocks, and tokens that are
-    not finite.
+    are those of `backbones.patch_map`. Raises InputError for an unknown decoder, a role without images, a size that the
+    patch does not divide, a network without patch tokens, and tokens that are not finite.
     """
     protocol = protocol or protocol_of(images)
     if protocol.decoder not in DECODERS:
         raise InputError(f"unknown decoder '{protocol.decoder}'.{nearest(protocol.decoder, DECODERS)}")
-    label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
+    label = name or (Path(model).name if isinstance(model, str | Path) else backbones.kind(model))
     if isinstance(model, str | Path):
         model, preprocess = export.load(model) if preprocess is None else (export.load(model)[0], preprocess)
     model = model.eval() if device is None else model.eval().to(device)
@@ -253,17 +252,14 @@ class _Seen(NamedTuple):
             raise
         except (AssertionError, RuntimeError) as error:
             px = some.images.shape[1]
-            raise InputError(f"{type(self.model).__name__} refuses an input of {px} x {px} px: {error}") from None
-        except (AttributeError, TypeError):
-            raise InputError(f"{type(self.model).__name__} gives no patch tokens; take a network of timm") from None
+            raise InputError(f"{backbones.kind(self.model)} refuses an input of {px} x {px} px: {error}") from None
 
     @torch.no_grad()
     def batch(self, some: Pieces, at_once: int = 64) -> Batch:
         device = next(self.model.parameters()).device
         parts = np.array_split(some.images, -(-len(some.images) // at_once))
         images = [self._normalised(part).to(device) for part in parts]
-        how = {"indices": 1, "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
-        tokens = torch.cat([self.model.forward_intermediates(x, **how)[0] for x in images])
+        tokens = torch.cat([backbones.patch_map(self.model, x, self.name) for x in images])
         if not tokens.isfinite().all():
             raise InputError(f"tokens of '{self.name}' hold NaN or infinity; look at the weights")
         return Batch(tokens, torch.cat(images), torch.from_numpy(some.masks).long().to(device))

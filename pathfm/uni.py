@@ -7,78 +7,71 @@ are learned from and brought to length 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pathfm.errors import InputError
-from pathfm.metrics import finite
 from pathfm.neighbours import nearest, unit_rows, vote
+from pathfm.regression import Linear
+from pathfm.rows import Rows
 
 MAX_ITER = 1000  # of L-BFGS
 BLOCK = 4_000_000  # similarities in memory at once while episodes are answered
 
 
-class Linear(NamedTuple):
-    """A linear classifier: weight (C, D) and bias (C,), with the value of its objective."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-    objective: float
-
-    def answers(self, x: np.ndarray) -> np.ndarray:
-        """(n,) classes as integers for features x (n, D)."""
-        return (finite(x) @ self.weight.T + self.bias).argmax(axis=1)
-
-
-def logistic(x: np.ndarray, y: np.ndarray, max_iter: int = MAX_ITER) -> Linear:
+def logistic(x: np.ndarray | Rows, y: np.ndarray, max_iter: int = MAX_ITER) -> Linear:
     """Logistic regression by L-BFGS with strong Wolfe line search, from zero, on features as they are.
 
     x, y  (N, D) features and (N,) classes as integers from 0
 
     It minimises the mean cross-entropy plus |weight| / (2 C), C = D classes / 100; in UNI's code the norm is
-    not squared.
+    not squared. Features pass by a block at a time, and their gradients are summed.
     """
-    x, y = torch.from_numpy(np.array(finite(x))), torch.from_numpy(np.asarray(y, np.int64))
+    x, y = Rows.of(x).finite(), torch.from_numpy(np.asarray(y, np.int64))
     classes = int(y.max()) + 1
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    weight = torch.zeros(classes, x.d, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=max_iter, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
-        entropy = torch.nn.functional.cross_entropy(x @ weight.T + bias, y)
-        return entropy + weight.norm() * 100 / (2 * x.shape[1] * classes)
+        """The value; its slopes are added to those of weight and bias."""
+        value = weight.norm() * 100 / (2 * x.d * classes)
+        value.backward()
+        for places, block in x.blocks():
+            entropy = torch.nn.functional.cross_entropy(torch.from_numpy(block) @ weight.T + bias, y[places])
+            part = entropy * (len(block) / len(x))
+            part.backward()
+            value = value.detach() + part.detach()
+        return value.detach()
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        value = objective()
-        value.backward()
-        return value
+        return objective()
 
     optimiser.step(closure)
-    with torch.no_grad():
-        return Linear(weight.numpy(), bias.numpy(), float(objective()))
+    return Linear(weight.detach().numpy(), bias.detach().numpy(), float(objective()))
 
 
-def centred(train_x: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+def centred(train_x: np.ndarray | Rows, *others: np.ndarray | Rows) -> list[Rows]:
     """All features minus the mean of `train_x`, rows of length 1."""
-    train_x = finite(train_x)
-    mean = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return [unit_rows(x - mean) for x in (train_x, *map(finite, others))]
+    train_x, *others = (Rows.of(x).finite() for x in (train_x, *others))
+    mean = train_x.mean()
+    return [x.changed(lambda block: unit_rows(block - mean)) for x in (train_x, *others)]
 
 
-def simpleshot(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray) -> np.ndarray:
+def simpleshot(train_x: np.ndarray | Rows, train_y: np.ndarray, x: np.ndarray | Rows) -> np.ndarray:
     """(n,) the class of `train_y`, integers from 0, whose mean is nearest to each row of x. Wang et al. 2019."""
     train_x, x = centred(train_x, x)
-    means = np.stack([train_x[train_y == label].mean(axis=0) for label in range(train_y.max() + 1)])
-    return _nearest_mean(x @ means.T, means)
+    share = np.diag(1 / np.bincount(train_y))  # (C, C): of an image in the mean of its class
+    means = sum(share[train_y[places]].T @ block for places, block in train_x.blocks()).astype(np.float32)
+    return np.concatenate([_nearest_mean(block @ means.T, means) for _, block in x.blocks()])
 
 
 def episodes(
-    train_x: np.ndarray,
+    train_x: np.ndarray | Rows,
     train_y: np.ndarray,
-    test_x: np.ndarray,
+    test_x: np.ndarray | Rows,
     test_y: np.ndarray,
     shots: int,
     n: int = 1000,
@@ -88,9 +81,9 @@ def episodes(
 
     Every test image is asked in each. Raises InputError where a class has too few images, or none on test.
     """
-    train_x, test_x = finite(train_x), finite(test_x)
-    centre = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)  # what is common to all changes no answer
-    train_x, test_x = train_x - centre, test_x - centre
+    train_x, test_x = Rows.of(train_x).finite(), Rows.of(test_x).finite()
+    centre = train_x.mean()  # what is common to all changes no answer
+    train_x, test_x = (x.changed(lambda block: block - centre) for x in (train_x, test_x))
     counts, asked = np.bincount(train_y), np.bincount(test_y, minlength=train_y.max() + 1)
     if counts.min() < shots:
         raise InputError(f"class {counts.argmin()} has {counts.min()} images to learn from; {shots} shots need {shots}")
@@ -99,24 +92,31 @@ def episodes(
     rng = np.random.default_rng(seed)
     places = [np.flatnonzero(train_y == label) for label in range(len(counts))]
     share = np.eye(len(counts), dtype=np.float32)[test_y] / asked  # (M, C)
-    length = (test_x**2).sum(axis=1)
     found, step = [], max(1, BLOCK // (len(test_x) * len(counts)))
     for start in range(0, n, step):
         drawn = [_support(train_x, places, shots, rng) for _ in range(min(step, n - start))]
         means = np.stack([mean for mean, _ in drawn])  # (E, C, D)
         origin = np.stack([o for _, o in drawn])  # (E, D)
-        # (q - o) m / |q - o|, without a centred copy of the test images for each episode
-        towards = np.einsum("md,ecd->mec", test_x, means, optimize=True) - np.einsum("ed,ecd->ec", origin, means)
-        distance = length[:, None] - 2 * test_x @ origin.T + (origin**2).sum(axis=1)
-        towards /= np.sqrt(np.maximum(distance, 1e-12))[..., None]
-        said = _nearest_mean(towards, means)
-        right = (said == test_y[:, None]).astype(np.float32)
-        found.append((share.T @ right).mean(axis=0))
+        right = np.concatenate([_said(block, means, origin) == test_y[at, None] for at, block in test_x.blocks()])
+        found.append((share.T @ right.astype(np.float32)).mean(axis=0))
     return np.concatenate(found)
 
 
+def _said(x: np.ndarray, means: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """(M, E) classes of x (M, D) in episodes of class means (E, C, D), centred on origins (E, D)."""
+    # (q - o) m / |q - o|, without a centred copy of the test images for each episode
+    towards = np.einsum("md,ecd->mec", x, means, optimize=True) - np.einsum("ed,ecd->ec", origin, means)
+    distance = (x**2).sum(axis=1)[:, None] - 2 * x @ origin.T + (origin**2).sum(axis=1)
+    towards /= np.sqrt(np.maximum(distance, 1e-12))[..., None]
+    return _nearest_mean(towards, means)
+
+
 def retrieval(
-    key_x: np.ndarray, key_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray, ks: Sequence[int] = (1, 3, 5)
+    key_x: np.ndarray | Rows,
+    key_y: np.ndarray,
+    query_x: np.ndarray | Rows,
+    query_y: np.ndarray,
+    ks: Sequence[int] = (1, 3, 5),
 ) -> dict[str, float]:
     """The share of queries whose class one of the k nearest keys has ("acc@k"), or most of the last k have, 0 to 1."""
     key_x, query_x = centred(key_x, query_x)
@@ -126,11 +126,12 @@ def retrieval(
     return found | {f"majority@{max(ks)}": float((vote(ids, cosines, np.asarray(key_y)) == query_y).mean())}
 
 
-def _support(x: np.ndarray, places: list[np.ndarray], shots: int, rng: np.random.Generator) -> tuple:
+def _support(x: Rows, places: list[np.ndarray], shots: int, rng: np.random.Generator) -> tuple:
     """Class means (C, D) of one episode, and the origin (D,) that they were centred on."""
     rows = np.concatenate([rng.choice(there, shots, replace=False) for there in places])
-    origin = x[rows].mean(axis=0)
-    return unit_rows(x[rows] - origin).reshape(len(places), shots, -1).mean(axis=1), origin
+    support = x[rows]
+    origin = support.mean(axis=0)
+    return unit_rows(support - origin).reshape(len(places), shots, -1).mean(axis=1), origin
 
 
 def _nearest_mean(towards: np.ndarray, means: np.ndarray) -> np.ndarray:

@@ -1,14 +1,16 @@
 """Backbones of every make by name: their tokens are the network's own, and what cannot be had is said."""
 
+import miniatures
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from pathfm import InputError, TileSet, backbones, export, vit
+from pathfm import InputError, TileSet, backbones, evaluation, export, tasks, vit
 from pathfm.__main__ import main
-from pathfm.features import extract, random_twin
+from pathfm.features import extract, fingerprint, random_twin
+from pathfm.segment import SegmentationProtocol
 
 HUB = """
 import timm, torch
@@ -34,6 +36,38 @@ class Dino(nn.Module):
         self.inner = like_timm()
     def get_intermediate_layers(self, x, n=1):
         return [self.inner.forward_features(x)]
+
+class Deep(nn.Module):
+    # As DINOv2: a register, patch and CLS tokens apart, before or behind the final norm.
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        settings = {**SMALL, "depth": 3, "reg_tokens": 1}
+        self.inner = timm.create_model("vit_tiny_patch16_224", **settings)
+        self.mask_token, self.n_blocks = nn.Parameter(torch.zeros(1)), 3
+        nn.init.normal_(self.inner.norm.bias)  # or the norm would change little
+    def forward_features(self, x):
+        tokens = self.inner.forward_features(x)
+        return {"x_norm_clstoken": tokens[:, 0], "x_norm_patchtokens": tokens[:, 2:]}
+    def all_layers(self, x, norm):
+        x, found = self.inner._pos_embed(self.inner.patch_embed(x)), []
+        for block in self.inner.blocks:
+            x = block(x)
+            found.append(self.inner.norm(x) if norm else x)
+        return found
+    def get_intermediate_layers(self, x, *, n=1, reshape=False, return_class_token=False, norm=True):
+        found = self.all_layers(x, norm)[-n:]
+        return tuple((one[:, 2:], one[:, 0]) if return_class_token else one[:, 2:] for one in found)
+
+class First(Deep):
+    # As the first DINO: every token, always behind the norm.
+    forward_features = None
+    def __init__(self):
+        super().__init__()
+        del self.mask_token, self.n_blocks
+        self.inner.num_prefix_tokens, self.blocks = 1, self.inner.blocks
+    def get_intermediate_layers(self, x, n=1):
+        return [torch.cat([one[:, :1], one[:, 2:]], 1) for one in self.all_layers(x, True)[-n:]]
 
 class Scale(nn.Module):
     def __init__(self, width, init_values=0.1):
@@ -70,6 +104,9 @@ class Pair(Vector):
     def forward(self, x):
         return super().forward(x), 1
 
+def deep(): return Deep()
+def first(): return First()
+def plain(): return lambda x: x.mean(dim=(2, 3))
 def dinov2(): return Dinov2()
 def dino(): return Dino()
 def vector(): return Vector()
@@ -110,6 +147,72 @@ def test_networks_of_other_makes_give_their_own_tokens(hub, tiles, entry, pool):
     own = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
     assert x == pytest.approx(own.numpy(), abs=1e-5)
     assert not backbones.only_cls(model) and not model.training
+
+
+def pixels_of(tiles, preprocess):
+    return preprocess(np.stack([tiles.image(i) for i in range(len(tiles))]))
+
+
+@pytest.mark.parametrize("entry", ["deep", "first"])
+def test_networks_of_torch_hub_give_several_layers(hub, tiles, entry):
+    model, preprocess = backbones.load(f"{hub}:{entry}", **SAID)
+    with torch.inference_mode():
+        last = [layer.numpy() for layer in model.network.all_layers(pixels_of(tiles, preprocess), True)[-2:]]
+    wanted = [layer[:, 0] for layer in last] + [layer[:, 2:].mean(axis=1) for layer in last]
+    found = extract(model, tiles, preprocess, "both", layers=2)
+    assert found.x == pytest.approx(np.concatenate(wanted, axis=1), abs=1e-5)
+    alone = extract(model, tiles, preprocess, "both")
+    assert alone.x == pytest.approx(np.concatenate(wanted[1::2], axis=1), abs=1e-5)
+    with pytest.raises(InputError, match=f"{type(model.network).__name__} has 3 blocks, not the 4 layers asked for"):
+        extract(model, tiles, preprocess, layers=4)
+
+
+@pytest.mark.parametrize(("entry", "norm"), [("deep", False), ("first", True), ("dinov2", True), ("dino", True)])
+def test_networks_of_torch_hub_give_a_map_of_patches(hub, tiles, entry, norm):
+    """Before the final norm where the network has it: as eva takes them."""
+    model, preprocess = backbones.load(f"{hub}:{entry}", **SAID)
+    pixels, own = pixels_of(tiles, preprocess), model.network.inner
+    with torch.inference_mode():
+        found = backbones.patch_map(model, pixels, "mine")
+        wanted = own.norm(own.blocks(own._pos_embed(own.patch_embed(pixels)))) if norm else None
+        wanted = model.network.all_layers(pixels, False)[-1] if entry == "deep" else wanted
+        patches = wanted[:, -4:]
+        assert torch.allclose(found, patches.mT.reshape(len(tiles), 16, 2, 2), atol=1e-5)
+        timms = backbones.patch_map(own, pixels, "timm")
+        assert torch.allclose(timms, own.forward_intermediates(pixels, 1, norm=False, intermediates_only=True)[0])
+
+
+def test_a_decoder_of_masks_learns_on_a_network_of_torch_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
+    images = tasks.read(miniatures.consep(tmp_path / "consep"), tmp_path / "consep")
+    short = SegmentationProtocol(input_px=32, steps=2, batch_size=8, patience=2, runs=1)
+    row, table = evaluation.masks(f"{hub}:deep", images, "consep", short, **SAID)
+    assert 0 <= row["score"] <= 1 and row["model"] == "repo:deep (32 px)"
+    assert table["features"].tolist()[:2] == ["repo:deep", "random weights"]
+    with pytest.raises(
+        InputError, match=r"repo:vector \(Vector\) gives no patch tokens, which a decoder of masks needs"
+    ):
+        evaluation.masks(f"{hub}:vector", images, "consep", short, **SAID)
+
+
+def test_networks_that_have_no_layers_apart_are_named(hub, tiles):
+    for entry, message in (
+        ("dinov2", "Dinov2 gives the tokens of its last layer alone: it has no get_intermediate_layers; take layers=1"),
+        ("vector", "Vector gives one vector an image: it has no get_intermediate_layers; take layers=1"),
+    ):
+        model, preprocess = backbones.load(f"{hub}:{entry}", **SAID)
+        with pytest.raises(InputError, match=message):
+            extract(model, tiles, preprocess, layers=2)
+    with pytest.raises(InputError, match="Vector gives one vector an image and no patch tokens; take pool='cls'"):
+        extract(model, tiles, preprocess, "mean")
+    with pytest.raises(InputError, match="'plain' of .* gives a function and no torch.nn.Module; wrap it in one"):
+        backbones.load(f"{hub}:plain", **SAID)
+
+
+def test_a_twin_is_a_backbone_by_name(hub):
+    twin, preprocess = backbones.load(f"twin:{hub}:deep", **SAID)
+    model, own = backbones.load(f"{hub}:deep", **SAID)
+    assert preprocess == own and fingerprint(twin) == fingerprint(random_twin(model)) != fingerprint(model)
 
 
 def test_a_network_without_tokens_gives_its_vector(hub, tiles):

@@ -14,6 +14,11 @@ QUICK = SlideProtocol(runs=1, epochs=2, patience=2)
 
 
 @pytest.fixture
+def every_sample_pays(monkeypatch):
+    monkeypatch.setattr(extractors, "WORTH_A_SAMPLE", 0)
+
+
+@pytest.fixture
 def slides(tmp_path):
     """24 slides of 24 patients, six sites, in the names of TCGA."""
     paths = {}
@@ -23,7 +28,7 @@ def slides(tmp_path):
     return paths
 
 
-def test_sources_are_floors_and_the_pretrained(index, tmp_path, monkeypatch):
+def test_sources_are_floors_and_the_pretrained(index, tmp_path, monkeypatch, every_sample_pays):
     monkeypatch.setenv("PATHFM_CACHE", str(tmp_path))
     folder = export.export(tiny_vit(), tmp_path / "model")
     found = list(bag_study.sources(index, folder, Cut(48, 1.0)))
@@ -36,7 +41,7 @@ def test_sources_are_floors_and_the_pretrained(index, tmp_path, monkeypatch):
         assert one.provenance["precision"] == ("bfloat16" if kept >= 0.99 else "float32")
 
 
-def test_networks_whose_neighbours_move_are_asked_in_float32(index, tmp_path, monkeypatch):
+def test_networks_whose_neighbours_move_are_asked_in_float32(index, tmp_path, monkeypatch, every_sample_pays):
     monkeypatch.setenv("PATHFM_CACHE", str(tmp_path))
     monkeypatch.setattr(extractors, "SAME_NEIGHBOURS", 1.1)
     folder = export.export(tiny_vit(), tmp_path / "model")

@@ -14,9 +14,10 @@ import torch
 from slide_files import cohort_of, tissue_pixels, write_slide
 from test_features import PX, Counted, tiny_vit
 
-from pathfm import InputError, SlideIndex, bags, descriptors, export
+from pathfm import InputError, SlideIndex, bags, descriptors, export, extractors
 from pathfm.__main__ import main
 from pathfm.bags import Cut
+from pathfm.features import random_twin
 from pathfm.grids import Grid
 
 CUT = Cut(tile_px=48, mpp=1.0)
@@ -119,6 +120,51 @@ def test_worker_processes_give_the_same_bags(index, model_folder, tmp_path):
         bags.extract(tiny_vit(), index, CUT, workers=2)
 
 
+def test_a_twin_travels_by_the_name_of_its_model(index, model_folder, tmp_path, monkeypatch):
+    """Its weights are drawn where it is used: here, in memory, and by workers whose working folder is another."""
+    wanted = bags.extract(random_twin(tiny_vit()), index, CUT)
+    monkeypatch.chdir(tmp_path)
+    alone = bags.extract("twin:model", index, CUT, folder=tmp_path / "alone")
+    together = bags.extract("twin:model", index, CUT, folder=tmp_path / "together", workers=2)
+    for other in (alone, together):
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(wanted, other, strict=True))
+    assert not np.allclose(bags.extract(model_folder, index, CUT)[0], alone[0], atol=1e-2)
+
+
+def test_precisions_are_compared_on_tiles_of_the_slides(index, tmp_path, monkeypatch):
+    model, folder = tiny_vit(), tmp_path / "auto"
+    few = bags.extract(model, index, CUT, precision="auto", folder=folder)  # not worth a comparison
+    assert few.provenance["precision"] == "float32" and "bfloat16" not in few.provenance
+    monkeypatch.setattr(extractors, "WORTH_A_SAMPLE", 20)
+    monkeypatch.setattr(extractors, "SAMPLE", 24)
+    grid = Grid(index, 48, 1.0)
+    places = [np.flatnonzero(grid.table["slide_id"] == name) for name in grid.table["slide_id"].unique()]
+    some = np.concatenate([one[np.unique(np.linspace(0, len(one) - 1, 6).astype(int))] for one in places])
+    images = [grid[i].image for i in some]
+    pair = [extractors.backbone(model, precision=one).features(images, None) for one in ("float32", "bfloat16")]
+    measured = extractors.agreement(*pair)
+    for least, precision in ((0.0, "bfloat16"), (1.01, "float32")):
+        monkeypatch.setattr(extractors, "SAME_NEIGHBOURS", least)
+        found = bags.extract(model, index, CUT, precision="auto", folder=tmp_path / precision)
+        assert found.provenance["precision"] == precision
+        told = found.provenance["bfloat16"]
+        assert (told["neighbours"], told["n"]) == (pytest.approx(measured.neighbours, abs=0.01), len(some))
+        assert "no probe was asked" in extractors.compared(found.provenance)
+        same = bags.extract(model, index, CUT, precision=precision, folder=tmp_path / "plain")
+        assert all(np.array_equal(a, b) for a, b in zip(found, same, strict=True))
+    monkeypatch.setattr(extractors, "agreement", None)  # what was measured is kept, for the same slides and model
+    again = bags.extract(model, index, CUT, precision="auto", folder=tmp_path / "float32")
+    assert again.provenance["precision"] == "float32"
+    assert again.provenance["bfloat16"] == pytest.approx(told, nan_ok=True)
+
+
+def test_bfloat16_of_slides_that_is_not_as_good_is_warned_of(index, monkeypatch):
+    monkeypatch.setattr(extractors, "SAME_NEIGHBOURS", 1.01)
+    with pytest.warns(UserWarning, match="bfloat16 leaves .*no probe was asked, for want of labels, where 101%"):
+        found = bags.extract(tiny_vit(), index, CUT, precision="bfloat16")
+    assert found.provenance["precision"] == "bfloat16"
+
+
 def test_a_worker_with_other_weights_is_refused(index, model_folder):
     source = bags.Source(str(model_folder), "other", None, "cls", 1, "float32", None)
     with pytest.raises(InputError, match="holds other weights on a worker than here"):
@@ -155,13 +201,13 @@ def test_a_slide_without_a_tile_is_quarantined(index):
     assert found.quarantined["slide_id"].tolist() == ["tiny-000", "tiny-002"]
     with pytest.raises(InputError, match="has features. The first: .*"):
         bags.extract("colour", index, CUT._replace(tile_px=5000))
+    with pytest.raises(InputError, match="has features. The first: .*"):
+        bags.extract(tiny_vit(), index, CUT._replace(tile_px=5000), precision="bfloat16")
 
 
 def test_wrong_calls_say_what_would_be_right(index):
     with pytest.raises(InputError, match="'metadata' is of labelled tiles; slides take colour"):
         bags.extract("metadata", index, CUT)
-    with pytest.raises(InputError, match="of slides say float32 or bfloat16"):
-        bags.extract(tiny_vit(), index, CUT, precision="auto")
     broken = tiny_vit()
     with torch.no_grad():
         broken.cls_token[0, 0, 0] = torch.nan

@@ -1,12 +1,15 @@
 """The same command gives a backbone its row on masks and on slides: Dice, balanced accuracy, floors beside them."""
 
+import pickle
+
+import cloudpickle
 import miniatures
 import numpy as np
 import pandas as pd
 import pytest
 from slide_files import tissue_pixels, write_slide
 
-from pathfm import InputError, evaluation, export, leaderboard, runs, segment, slide_probe, tasks, vit
+from pathfm import InputError, bags, evaluation, export, jobs, leaderboard, runs, segment, slide_probe, tasks, vit
 from pathfm.__main__ import main
 from pathfm.segment import SegmentationProtocol
 from pathfm.slide_probe import SlideProtocol
@@ -132,6 +135,29 @@ def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):
     assert set(whole.table["predicted"]) <= set(fitted.classes)
 
 
+def test_workers_embed_the_slides_of_backbone_and_floors(labels, small, tmp_path, monkeypatch):
+    """What is sent names each network and can be pickled; test_bags has workers of flesh and blood."""
+    monkeypatch.setattr(evaluation, "SLIDE_FLOORS", ("colour",))
+    slides, sent, own = tasks.read("tp53", labels[0], slides=labels[1]), [], jobs.run
+
+    def run(function, todo, crashed, workers=0, scheduler=None, **how):
+        todo = {key: pickle.loads(cloudpickle.dumps(arguments)) for key, arguments in todo.items()}
+        sent.extend(((workers or 0, scheduler), arguments[0]) for arguments in todo.values())
+        return own(function, todo, crashed)
+
+    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(evaluation, "SlideProtocol", lambda: HEAD)
+    told = ["evaluate", small, str(labels[0]), "--task", "tp53", "--slides", str(labels[1]), "--head", "mean"]
+    assert main([*told, "--scheduler", "tcp://host:8786", "--record", "true"]) == 0
+    assert {where for where, _ in sent} == {(0, "tcp://host:8786")}
+    names = [source.folder for _, source in sent if isinstance(source, bags.Source)]
+    assert len(sent) == 4 * 24 and names == [small] * 24 + [f"twin:{small}"] * 24  # the index and three bags
+    monkeypatch.setattr(jobs, "run", own)
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "another"))
+    alone, _ = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD)
+    assert leaderboard.recorded()["score"][0] == pytest.approx(alone["score"], abs=1e-4)
+
+
 def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monkeypatch, capsys):
     monkeypatch.setitem(segment.EVA, "consep", DECODER)
     monkeypatch.setattr(evaluation, "SlideProtocol", lambda: HEAD)
@@ -140,6 +166,8 @@ def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monke
     told = ["evaluate", small, str(tmp_path / "consep"), "--task", "consep", "--decoder", "tokens", "--record", "true"]
     assert main(told) == 0 and "dice" in capsys.readouterr().out
     assert main([*told, "--split", "official", "--decoder", "image"]) == 0
+    assert main([*told, "--workers", "2"]) == 2
+    assert "workers and scheduler are of slides; consep is embedded in this process" in capsys.readouterr().err
     assert main([*told, "--layers", "2"]) == 2
     assert "consep is scored on the last block" in capsys.readouterr().err
     told = ["evaluate", small, str(labels[0]), "--task", "tp53", "--slides", str(labels[1]), "--head", "mean"]
@@ -151,12 +179,14 @@ def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monke
     assert kept.loc["consep (clean split)", "note"] == "by image (too narrow); decoder of tokens"
     assert kept.loc["tp53", "note"] == "by patient; our split by site, seed 0; mean; pool cls"
     for name, value, message in (
-        ("--precision", "auto", "of slides say float32 or bfloat16"),
+        ("--learning-rates", "1e-4", "learning_rates are of eva's heads on tiles; tp53 is of slides"),
         ("--layers", "2", "1 blocks, not the 2 layers asked for"),
     ):
         assert main([*told, name, value]) == 2
         assert message in capsys.readouterr().err
     assert main([*told, "--precision", "bfloat16", "--pool", "mean", "--device", "cpu", "--record", "true"]) == 0
-    assert set(leaderboard.recorded().query("task == 'tp53'")["model"]) == {"small", "small (mean, bfloat16)"}
+    kept = leaderboard.recorded().query("task == 'tp53'").set_index("model")
+    assert set(kept.index) == {"small", "small (mean, bfloat16)"}
+    assert "bfloat16: bfloat16 leaves" in kept.loc["small (mean, bfloat16)", "note"]
     assert main([*told, "--protocol", "linear"]) == 2
     assert "tp53 is scored by eva-2026 and not by 'linear'" in capsys.readouterr().err

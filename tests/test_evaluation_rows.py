@@ -1,5 +1,8 @@
 """What a row says of itself: the published name, what is missing, the split, the features, what does not decode."""
 
+import re
+from functools import partial
+
 import miniatures
 import numpy as np
 import pandas as pd
@@ -108,6 +111,26 @@ def test_features_of_another_making_have_a_row_of_their_own(tmp_path, small, cap
     tiles = evaluation.labelled(data)
     row, _ = evaluation.evaluate(small, tiles, "data", "kNN", "both")
     assert row["model"] == "small (both)" and row["task"] == "data"
+
+
+def test_heads_that_search_their_rate_have_a_protocol_of_their_own(tmp_path, small, monkeypatch, capsys):  # noqa: F811
+    data = str(coloured(tmp_path / "data"))
+    monkeypatch.setitem(evaluation.PROTOCOLS, "eva-2026", partial(probe.eva, name="eva-2026", runs=2, max_steps=20))
+    how = {"protocol": "eva-2026", "record": True}
+    for more in ({}, {"learning_rates": "1e-4,1e-2"}):
+        assert main(["evaluate", small, data, *told(**how, **more)]) == 0
+    assert leaderboard.recorded()["protocol"].tolist() == ["eva-2026", "eva-2026, learning rate searched"]
+    for said, message in (
+        (told(learning_rates="1e-3"), "learning rates are of eva's heads; linear has none"),
+        (
+            told(**how, learning_rates="1e-3,0"),
+            "learning_rates are numbers above 0 with .* not '1e-3,0'",
+        ),
+        (told(**how, learning_rates="fast"), "not 'fast'"),
+        (told(workers=2), "workers and scheduler are of slides; folder is embedded in this process"),
+    ):
+        assert main(["evaluate", small, data, *said]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_what_is_known_of_centres_is_recorded_and_printed(tmp_path, small, capsys):  # noqa: F811

@@ -252,10 +252,30 @@ def test_bfloat16_is_taken_where_neighbours_and_scores_stay(tiles, tmp_path, mon
         assert again.provenance["precision"] == precision
 
 
+def test_bfloat16_that_is_asked_for_is_compared_and_said(tiles, tmp_path, monkeypatch, recwarn):
+    half, single = extract(tiny_vit(), tiles, precision="bfloat16"), extract(tiny_vit(), tiles)
+    measured = extractors.agreement(single.x, half.x, tiles.y)
+    assert half.provenance["bfloat16"] == pytest.approx(measured._asdict()) and measured.n == 24
+    assert extractors.compared(half.provenance) == f"bfloat16: {measured}" and not extractors.compared(
+        single.provenance
+    )
+    assert f"{measured.neighbours:.1%} of the nearest neighbours of 24 images; moves kNN by +0.0 points" in str(
+        measured
+    )
+    assert not recwarn.list
+    monkeypatch.setattr(extractors, "SAME_NEIGHBOURS", 1.01)
+    with pytest.warns(UserWarning, match="VisionTransformer: bfloat16 leaves .* where 101% and 0.2 points are asked"):
+        again = extract(tiny_vit(), tiles, precision="bfloat16", folder=tmp_path / "again")
+    assert again.provenance["precision"] == "bfloat16" and np.array_equal(again.x, half.x)
+    assert extractors.compared({"precision": "bfloat16"}) == "bfloat16, not compared with float32"
+    assert "no probe was asked, for want of labels" in str(extractors.agreement(single.x, half.x))
+    assert "bfloat16" not in extract("colour", tiles, precision="bfloat16").provenance
+
+
 def test_agreement_counts_neighbours_and_points():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 8)), np.arange(60) % 2
-    assert extractors.agreement(x, x, y) == (1.0, 0.0, 0.0)
+    assert extractors.agreement(x, x, y) == (1.0, 0.0, 0.0, 60)
     ids = [np.argsort(-np.where(np.eye(60), -9, c))[:, :5] for c in (_cosines(x), _cosines(x[:, :4]))]
     shared = np.mean([len(set(p) & set(q)) / 5 for p, q in zip(*ids, strict=True)])
     assert extractors.agreement(x, x[:, :4], k=5).neighbours == pytest.approx(shared)
@@ -306,6 +326,8 @@ def test_features_that_are_not_finite_are_refused_by_name(tiles, cache):
         model.cls_token[0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="features 'broken' hold NaN or infinity, first for blue/0.png"):
         extract(model, tiles, name="broken")
+    with pytest.raises(InputError, match="24 of 24 feature rows hold NaN"):  # where precisions are compared
+        extract(model, tiles, precision="bfloat16")
     assert not list(cache.glob("*.npy"))
 
 

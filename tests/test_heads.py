@@ -164,12 +164,15 @@ def test_half_precision_and_memory_maps_are_read_as_they_are(tmp_path, monkeypat
     mapped = heads.fit(chosen, np.load(tmp_path / "x.npy", mmap_mode="r"), y, train, validate)
     whole = heads.fit(chosen, half.astype(np.float32), y, train, validate)
     assert torch.equal(mapped.weight, whole.weight)
+    for own in (half, x):  # what another device than the CPU gets
+        held = heads._Rows(own, "cpu")._copied(np.load(tmp_path / "x.npy", mmap_mode="r") if own is half else own)
+        assert held.dtype == torch.from_numpy(own).dtype and np.array_equal(held.numpy(), own)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda x, y: (np.where(np.arange(len(x))[:, None] == 33, np.nan, x), y), "NaN or infinity, first in row 33"),
+        (lambda x, y: (np.where(np.arange(len(x))[:, None] == 33, np.nan, x), y), "NaN or infinity, first row 33"),
         (lambda x, y: (x, y[:-1]), "one label a row"),
         (lambda x, y: (x, np.where(np.arange(len(y)) < 500, np.minimum(y, 1), y)), "class 2 has 0 images in train"),
         (lambda x, y: (x, np.where(np.arange(len(y)) >= 500, np.maximum(y, 1), y)), "class 0 has 0 images in validate"),

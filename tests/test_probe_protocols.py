@@ -65,6 +65,17 @@ def test_without_test_tiles_the_score_is_of_the_tiles_that_chose(features):
     assert probe.logistic(seen).settings["objective"] == fitted.objective
 
 
+def test_of_several_learning_rates_the_best_on_validate_answers(features):
+    rates = (1e-5, 1e-2, 3e-2)
+    alone = [probe.eva(features, "eva-2026", runs=3, **{**QUICK, "lr": rate}) for rate in rates]
+    best = max(alone, key=lambda one: one.settings["validate"])
+    found = probe.eva(features, "eva-2026", runs=3, learning_rates=rates, **QUICK)
+    assert (found.settings["lr"], found.settings["learning rates"]) == (best.settings["lr"], rates)
+    assert alone[0].settings["validate"] < found.settings["validate"] == pytest.approx(best.settings["validate"])
+    assert found.settings["scores"] == pytest.approx(best.settings["scores"])
+    assert (best.probe, found.probe) == ("eva-2026", "eva-2026, learning rate searched")
+
+
 def test_slides_have_twenty_runs(features):
     assert len(probe.eva(features, slides=True, max_steps=40).settings["scores"]) == 20
 

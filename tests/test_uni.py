@@ -48,7 +48,7 @@ def test_the_regression_learns_where_its_penalty_allows():
 
 def test_simpleshot_is_the_nearest_centroid_of_centred_unit_features():
     x, y = clouds(signal=0.4)
-    train, test = uni.centred(x[:300], x[300:])
+    train, test = (rows[:] for rows in uni.centred(x[:300], x[300:]))
     assert np.allclose(np.linalg.norm(test, axis=1), 1, atol=1e-6)
     expected = NearestCentroid().fit(train, y[:300]).predict(test)
     found = uni.simpleshot(x[:300], y[:300], x[300:])
@@ -57,7 +57,7 @@ def test_simpleshot_is_the_nearest_centroid_of_centred_unit_features():
 
 def test_neighbours_of_centred_features_vote_as_in_scikit_learn():
     x, y = clouds(signal=0.4, classes=2)
-    train, test = uni.centred(x[:300], x[300:])
+    train, test = (rows[:] for rows in uni.centred(x[:300], x[300:]))
     expected = KNeighborsClassifier(21).fit(train, y[:300]).predict(test)  # an odd number: no ties
     assert (vote(*nearest(train, test, 21), y[:300]) == expected).all()
 

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass
 
 from pathfm.errors import InputError
-from pathfm.verbs.setting import of_input, setting
+from pathfm.verbs.setting import numbers, of_input, setting
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Evaluate:
     images: str = setting("", "folder of PathoROB's images (Parquet shards, or pictures), where data has its metadata")
     embeddings: str = setting("", "of PathoROB in place of images: <centre>.npz of features that are made already")
     layers: int = setting(1, "the last so many blocks side by side; of tiles and slides")
-    precision: str = setting("float32", "float32, bfloat16, or for tiles auto: bfloat16 where a sample shows no harm")
+    learning_rates: str = setting("", "of eva's heads on tiles, such as 1e-4,3e-4,1e-3: the best on validate is taken")
+    precision: str = setting("float32", "float32, bfloat16, or auto: bfloat16 where a sample shows no harm")
+    workers: int = setting(0, "of slides: processes, each with slides of its own; this one alone when 0")
+    scheduler: str = setting("", "of slides: address of a Dask scheduler whose workers index and embed them")
     device: str = setting("", "such as cuda; the CPU when empty")
     name: str = setting("", "of the backbone on the leaderboard; its own when empty")
     pretrained_on: str = setting("not stated", "such as TCGA or TCGA+GTEx: who has seen which patients")
@@ -48,6 +51,7 @@ class Evaluate:
         from pathfm import leaderboard, tasks
 
         kind = tasks.about(self.task).kind
+        self._refuse(kind)
         if kind == "robustness":
             row = self._robustness()
             print(f"{row['model']}: robustness index {row['score']:.3f} on {row['task']} ({row['note']})")
@@ -58,6 +62,13 @@ class Evaluate:
             print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
         if self.record:
             print(leaderboard.record([row]))
+
+    def _refuse(self, kind: str) -> None:
+        """Raises InputError for an option that this kind of task would not heed."""
+        if kind != "slides" and (self.workers or self.scheduler):
+            raise InputError(f"workers and scheduler are of slides; {self.task} is embedded in this process")
+        if kind != "tiles" and self.learning_rates:
+            raise InputError(f"learning_rates are of eva's heads on tiles; {self.task} is of {kind}")
 
     def _own(self) -> dict[str, typing.Any]:
         """Of the backbone, whatever it is scored on."""
@@ -83,9 +94,8 @@ class Evaluate:
         protocol, how = self.protocol or "linear", {"patient": self.patient} if self.patient else {}
         how |= {"protocol": protocol, "allow_partial": self.allow_partial}
         tiles = evaluation.labelled(self.data, self.task, self.split, **how)
-        return evaluation.evaluate(
-            self.backbone, tiles, self.task, protocol=protocol, **self._own(), **self._features()
-        )
+        told = {"protocol": protocol, "learning_rates": numbers("learning_rates", self.learning_rates)}
+        return evaluation.evaluate(self.backbone, tiles, self.task, **told, **self._own(), **self._features())
 
     def _masks(self) -> tuple:
         from dataclasses import replace
@@ -101,7 +111,9 @@ class Evaluate:
         from pathfm import evaluation
 
         data = self._read({"slides": self.slides} if self.slides else {})
-        return evaluation.slide_labels(self.backbone, data, self.task, self.head, **self._own(), **self._features())
+        where = {"workers": self.workers, "scheduler": self.scheduler or None}
+        own = {**self._own(), **self._features(), **where}
+        return evaluation.slide_labels(self.backbone, data, self.task, self.head, **own)
 
     def _read(self, how: dict[str, typing.Any] | None = None) -> typing.Any:
         """Masks or slides, which are scored by eva's protocol alone."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathfm.errors import InputError
 from pathfm.verbs.setting import of_input, setting
 
-MODEL = "a folder of an export, timm:<model>, hub:<owner/repo or folder>:<entry> or random:<timm model>"
+MODEL = "a folder of an export, timm:<model>, hub:<owner/repo or folder>:<entry>, random:<timm model>, or twin: and one"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Embed:
     out: str
     pool: str = setting("cls", "cls, mean (of the patch tokens) or both")
     layers: int = setting(1, "the last so many blocks side by side")
-    precision: str = setting("float32", "float32, bfloat16, or for tiles auto: bfloat16 where a sample shows no harm")
+    precision: str = setting("float32", "float32, bfloat16, or auto: bfloat16 where a sample shows no harm")
     device: str = setting("", "such as cuda; the CPU when empty")
     mean: float = setting(-1.0, "of the input's normalisation; the backbone's own when below 0")
     std: float = setting(-1.0, "likewise")
@@ -46,7 +46,7 @@ class Embed:
         if self.model in FLOORS or not (":" in self.model or Path(self.model).exists()):  # whose error offers a floor
             return {"model": self.model, **how}
         model, preprocess = backbones.load(self.model, **of_input(self))
-        if self.slides and (self.workers > 1 or self.scheduler):
+        if self.slides:
             model = self.model  # a network does not travel to workers, its name does
         return {"model": model, "preprocess": preprocess, "name": Path(self.model).name, **how}
 
@@ -62,6 +62,7 @@ class Embed:
         with atomic(self.out) as file:
             np.savez_compressed(file, x=features.x, label=table["label"].astype(str), path=table["file"].astype(str))
         print(f"{self.out}: {features.x.shape[0]} tiles, {features.x.shape[1]} features")
+        self._compared(features.provenance)
         for row in bad.itertuples():
             print(f"quarantined: {row.file}: {row.reason}")
 
@@ -73,8 +74,15 @@ class Embed:
         where = {"workers": self.workers, "scheduler": self.scheduler or None}
         found = bags.extract(index=index, cut=cut, **self._how(), **where)
         print(f"{found.write(self.out)}: {found}")
+        self._compared(found.provenance)
         for row in found.quarantined.itertuples():
             print(f"quarantined: {row.slide_id}: {row.reason}")
+
+    def _compared(self, provenance: dict) -> None:
+        from pathfm.extractors import compared
+
+        if told := compared(provenance):
+            print(told)
 
 
 @dataclass(frozen=True)
