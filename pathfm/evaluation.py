@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pathfm import (
     backbones,
@@ -22,8 +19,10 @@ from pathfm import (
     mask_floors,
     probe,
     protocols,
+    roc,
     scores,
     segment,
+    slide_floors,
     slide_probe,
     tasks,
 )
@@ -58,7 +57,6 @@ SLIDE_PX = 224  # of the tiles that a slide is cut into; eva's
 SLIDE_TILES = {"camelyon16_small": 1000, "panda_small": 200}  # a slide at most; eva's
 SLIDE_MPP = 0.5  # where a task does not say; ours
 SLIDE_FLOORS = ("colour", "histogram", "colour+lbp")
-SIZE = ["width_px", "height_px", "mpp", "tissue_mm2"]  # of a slide
 
 
 class Evaluated(NamedTuple):
@@ -243,7 +241,7 @@ def slide_labels(
     others as in `evaluate`
 
     Floors are the same head on bags of SLIDE_FLOORS (standardised, or it would hardly be trained) and of random
-    weights; chance; and of two classes what size alone (`size_alone`), cancer type alone, site alone and both say
+    weights; chance; and of two classes what size alone (`slide_floors.size_alone`), cancer type alone, site alone and both say
     (`sites.alone`). The row and the table have the AUC too where there are two classes.
     """
     model, preprocess = backbones.load(backbone, **how)
@@ -262,9 +260,9 @@ def slide_labels(
     for one, bag in by_pixels.items():
         fits[one] = slide_probe.fit(replace(bag, name=one), "label", head, standard, device or "cpu")
     own, *floors = [replace(fit.answer(), floor=one != name) for one, fit in fits.items()]
-    alone = {"chance": pd.Series(0.0, own.table["file"])}
+    alone = slide_floors.chance(found[name].slides)
     if len(slides.classes) == 2:
-        alone |= size_alone(found[name].slides) | sites.alone(slides.table)
+        alone |= slide_floors.size_alone(found[name].slides) | sites.alone(slides.table)
     floors += [_by_group(own, one, said, slides.classes) for one, said in alone.items()]
     by = _protocol(head if head != "abmil" else "", "changed" if protocol != evas else "")
     own, *floors = [replace(one, probe=by) for one in (own, *floors)]
@@ -276,21 +274,6 @@ def slide_labels(
         table = table.assign(auc=areas["auc"].to_numpy())
         row |= areas.iloc[0].rename({"low": "auc_low", "high": "auc_high"}).to_dict()
     return Evaluated(row | {"note": "; ".join(filter(None, told))}, table)
-
-
-def size_alone(slides: pd.DataFrame) -> dict[str, pd.Series]:
-    """What the SIZE of slides with role test says, those of it that vary: log-odds of the second class by slide_id.
-
-    Of a logistic regression on standardised logarithms, classes weighted equally, fitted on probe-train.
-    """
-    known = [column for column in SIZE if slides[column].nunique() > 1 and (slides[column] > 0).all()]
-    if not known:
-        return {}
-    train, test = (slides["role"] == role for role in ("probe-train", "test"))
-    x = np.log(slides[known].to_numpy(float))
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    said = model.fit(x[train], slides.loc[train, "label"]).decision_function(x[test])
-    return {"size, mpp and tissue area alone": pd.Series(said, slides.loc[test, "slide_id"])}
 
 
 def _by_group(own: Prediction, name: str, said: pd.Series, classes: Sequence[str]) -> Prediction:
@@ -305,8 +288,8 @@ def _areas(
 ) -> pd.DataFrame:
     """auc, low and high of the heads, and of what is said `alone` of the same test slides."""
     truth, who = own.table["truth"] == max(classes), patients(own.table)
-    rows = [slide_probe.auc(truth, said.loc[own.table["file"]].to_numpy(), who) for said in alone.values()]
-    found = pd.DataFrame(rows, columns=slide_probe.AUC._fields).rename(columns={"value": "auc"})
+    rows = [roc.auc(truth, said.loc[own.table["file"]].to_numpy(), who) for said in alone.values()]
+    found = pd.DataFrame(rows, columns=roc.AUC._fields).rename(columns={"value": "auc"})
     return pd.concat([slide_probe.table(fits), found], ignore_index=True)[["auc", "low", "high"]]
 
 

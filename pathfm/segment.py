@@ -118,6 +118,8 @@ class Segmented:
     steps     (R,) of the best epoch; validate (R,) its score
     window_px of the protocol, which says how large a piece is
     predict   (B, px, px, 3) uint8 to (B, px, px) classes, by the first run
+    tokens    (P, D) mean token of every reported piece; None of floors
+    mpp       effective um per pixel of a reported piece, their median; None where the images' is not known
     """
 
     name: str
@@ -130,6 +132,8 @@ class Segmented:
     validate: np.ndarray
     window_px: int
     predict: Callable[[np.ndarray], np.ndarray]
+    tokens: np.ndarray | None = None
+    mpp: float | None = None
 
     @property
     def resampled(self) -> str:

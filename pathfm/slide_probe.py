@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,11 @@ from pathfm.ensemble import Ensemble
 from pathfm.errors import InputError, nearest
 from pathfm.metrics import CONSTANT, balanced_accuracy
 from pathfm.mil import HEADS, side_by_side
-from pathfm.scores import RESAMPLES, Prediction
+from pathfm.roc import auc
+from pathfm.scores import Prediction
 from pathfm.storage import progress
 
 ROLES = ("probe-train", "validate", "test")
-MIN_EACH = 10  # test patients of either class; an AUC of fewer is not shown
 # Of one step; runs are trained in groups that stay below. Small on a CPU, where only ABMIL and its twins gain by
 # company (dozens of small products): five runs of TransMIL at once take 1.2 times the seconds of five, one by one.
 BYTES_AT_ONCE = {"cpu": 2**27, "gpu": 2**34}
@@ -71,7 +71,7 @@ class Fitted:
         test = (self.bags.slides["role"] == "test").to_numpy()
         table = self.bags.slides[test].assign(file=self.bags.slides["slide_id"][test])
         truth = np.array(self.classes)[_codes(self.bags, self.label)[1][test]]
-        how = {"quarantined": len(self.bags.quarantined)}
+        how = {"quarantined": len(self.bags.quarantined), "mpp": self.bags.mpp}
         names, found = np.array(self.classes), []
         for run, answer in enumerate(_answers(self.logits[:, test])):
             said = table.assign(truth=truth, predicted=names[answer])
@@ -86,7 +86,18 @@ class Fitted:
         hits = np.mean([one.hits for one in each], axis=0)
         table = each[0].table.assign(predicted=said.mode(axis=1)[0].to_numpy(), right=hits)
         scored = {"validate": float(self.validate.mean()), "scores": [one.balanced_accuracy for one in each]}
-        return Prediction(self.bags.name, self.head, table, 0, scored, quarantined=each[0].quarantined)
+        return Prediction(self.bags.name, self.head, table, 0, scored, mpp=each[0].mpp, quarantined=each[0].quarantined)
+
+    def asked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """truth (S,) bool, score (R, S) and patient (S,) of the test slides, as `roc.auc` takes them.
+
+        Raises InputError where there are not two classes.
+        """
+        if len(self.classes) != 2:
+            raise InputError(f"{self.label} has {len(self.classes)} classes, an AUC has two; score its predictions()")
+        test = (self.bags.slides["role"] == "test").to_numpy()
+        truth = _codes(self.bags, self.label)[1][test] == 1
+        return truth, self.probability()[:, test], patients(self.bags.slides)[test]
 
     def attention(self, row: int) -> np.ndarray:
         """(n_tiles,) of a slide, mean over the runs, sum 1. Raises InputError for a head without attention."""
@@ -138,6 +149,11 @@ def fit(
     logits, epochs, validate = (np.concatenate([part[name] for part in parts]) for name in _OUT)
     state = {name: torch.cat([part["state"][name] for part in parts]) for name in parts[0]["state"]}
     return Fitted(head, label, bags, classes, logits, state, epochs, validate, scaling)
+
+
+def pooled(bags: Sequence[Bags], *how, **settings) -> Fitted:
+    """`fit` of each of several poolings of one network, such as `Bags.pools`: the one that validates best."""
+    return max((fit(one, *how, **settings) for one in bags), key=lambda found: found.validate.mean())
 
 
 _OUT = ("logits", "epochs", "validate")
@@ -242,54 +258,13 @@ def _roles(bags: Bags, label: str, classes: list[str], y: np.ndarray) -> dict[st
     return rows
 
 
-class AUC(NamedTuple):
-    """Mean over runs, with the interval of its bootstrap by patient; nan, and why, where it is not shown."""
-
-    value: float
-    low: float
-    high: float
-    spread: float  # standard deviation over runs: noise of the optimiser, no part of the interval
-    n_patients: tuple[int, int]  # of the first and the last class
-    reason: str
-
-
-def auc(truth: np.ndarray, score: np.ndarray, patient: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> AUC:
-    """Area under the ROC curve, 0 to 1; every bootstrap draw takes the same patients for all runs.
-
-    truth (S,) bool; score (R, S), higher for True; patient (S,) whose slides are drawn together
-
-    Not shown with fewer than 10 patients of either class. A draw without one of the classes is left out.
-    """
-    truth, score = np.asarray(truth, bool), np.atleast_2d(score)
-    who = np.unique(patient, return_inverse=True)[1]
-    n = len(np.unique(who[~truth])), len(np.unique(who[truth]))
-    if min(n) < MIN_EACH:
-        return AUC(*[np.nan] * 4, n, f"{n[0]} + {n[1]} test patients, fewer than {MIN_EACH} of a class")
-    gap = score[:, truth, None] - score[:, None, ~truth]
-    won = (gap > 0) + 0.5 * (gap == 0)  # (R, positives, negatives)
-    each = won.mean(axis=(1, 2))
-    drawn = np.random.default_rng(seed).multinomial(
-        who.max() + 1, np.full(who.max() + 1, 1 / (who.max() + 1)), resamples
-    )
-    yes, no = drawn[:, who[truth]], drawn[:, who[~truth]]
-    pairs = yes.sum(axis=1) * no.sum(axis=1)
-    kept = pairs > 0
-    areas = np.einsum("bp,pn,bn->b", yes[kept], won.mean(axis=0), no[kept], optimize=True) / pairs[kept]
-    return AUC(each.mean(), *np.quantile(areas, [0.025, 0.975]), each.std(ddof=1) if len(each) > 1 else np.nan, n, "")
-
-
 def table(fits: Iterable[Fitted]) -> pd.DataFrame:
-    """One row a fit: AUC on test with its interval by patient, sizes, runs, what was left out and why."""
+    """A row a fit: AUC on test with its interval by patient, sizes, effective mpp, runs, what was left out and why."""
     rows = []
     for one in fits:
-        if len(one.classes) != 2:
-            raise InputError(f"{one.label} has {len(one.classes)} classes, an AUC has two; score its predictions()")
-        slides = one.bags.slides
-        test = (slides["role"] == "test").to_numpy()
-        who = patients(slides)[test]
-        y = _codes(one.bags, one.label)[1][test]
-        found = auc(y == 1, one.probability()[:, test], who)
-        told = found._asdict() | {"n_patients": len(set(who)), "n_slides": int(test.sum())}
+        truth, score, who = one.asked()
+        found = auc(truth, score, who)
+        told = found._asdict() | {"n_patients": len(set(who)), "n_slides": len(who), "mpp": one.bags.mpp}
         told |= {"n_quarantined": len(one.bags.quarantined), "runs": len(one.logits), "validate": one.validate.mean()}
         rows.append({"label": one.label, "features": one.bags.name, "head": one.head, **told})
     return pd.DataFrame(rows).rename(columns={"value": "auc"})

@@ -6,7 +6,19 @@ import pandas as pd
 import pytest
 from slide_files import tissue_pixels, write_slide
 
-from pathfm import InputError, evaluation, export, leaderboard, runs, segment, slide_probe, tasks, vit
+from pathfm import (
+    InputError,
+    evaluation,
+    export,
+    leaderboard,
+    roc,
+    runs,
+    segment,
+    slide_floors,
+    slide_probe,
+    tasks,
+    vit,
+)
 from pathfm.__main__ import main
 from pathfm.segment import SegmentationProtocol
 from pathfm.slide_probe import SlideProtocol
@@ -95,7 +107,7 @@ def test_the_hospital_alone_is_a_floor_with_its_auc(labels, small, monkeypatch):
     table["role"] = np.array(["probe-train", "validate", "test", "test"])[np.arange(24) // 6]
     table.to_csv(labels[0], index=False)
     slides = tasks.read("tp53", labels[0], slides=labels[1])
-    monkeypatch.setattr(slide_probe, "MIN_EACH", 6)
+    monkeypatch.setattr(roc, "MIN_EACH", 6)
     row, found = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD)
     found = found.set_index("features")
     assert found.loc["site alone", ["balanced_accuracy", "auc"]].tolist() == [1, 1]
@@ -113,10 +125,10 @@ def test_size_alone_says_what_size_says():
     roles = np.array(["probe-train", "probe-train", "validate", "test"])[n % 4]
     slides = pd.DataFrame({"slide_id": [f"s{k}" for k in n], "role": roles, "label": np.array(["a", "b"])[n // 4 % 2]})
     slides = slides.assign(height_px=500, mpp=0.5, tissue_mm2=2.0)
-    told = evaluation.size_alone(slides.assign(width_px=np.where(slides["label"] == "b", 900, 300)))
+    told = slide_floors.size_alone(slides.assign(width_px=np.where(slides["label"] == "b", 900, 300)))
     test = slides[slides["role"] == "test"].set_index("slide_id")
     assert ((told["size, mpp and tissue area alone"] > 0) == (test["label"] == "b")).all()
-    assert not evaluation.size_alone(slides.assign(width_px=700))
+    assert not slide_floors.size_alone(slides.assign(width_px=700))
 
 
 def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):
