@@ -28,10 +28,10 @@ def of(features: Features, role: str | None = "test", k: int = K, seed: int = 0)
     return told(features.x[rows], features.table[rows], None if places is None else places[rows], k, seed)
 
 
-def of_slides(bags: Bags, label: str = "label", role: str = "test", k: int = K, seed: int = 0) -> dict:
-    """`told` of the slides of a role, each the mean of its bag: one vector a slide, that depends on no other of it."""
+def of_slides(bags: Bags, label: str = "label", role: str | None = "test", k: int = K, seed: int = 0) -> dict:
+    """`told` of the slides of a role, or of all, each the mean of its bag: one vector a slide."""
     slides = bags.slides.assign(label=bags.slides[label].astype(str))
-    rows = (slides["role"] == role).to_numpy()
+    rows = np.ones(len(slides), bool) if role is None else (slides["role"] == role).to_numpy()
     table = slides[rows].assign(patient_id=patients(slides[rows])).drop(columns="slide_id")
     found = told(bags.subset(rows).means(), table, None, k, seed)
     why = "slide dependence is n/a of one vector a slide"
