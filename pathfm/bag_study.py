@@ -157,8 +157,8 @@ def contrasted(fits: dict[str, Fitted], floors: dict[str, pd.Series]) -> Measure
     told = [confounding.of_slides(fit.bags, fit.label) for fit in fits.values()]
     table[list(confounding.COLUMNS)] = [[one[name] for name in confounding.COLUMNS] for one in told]
     first = next(iter(fits.values()))
-    truth, _, who = first.asked()
-    scores = {name: fit.asked()[1] for name, fit in fits.items()}
+    truth, _, who = slide_probe.asked([first])
+    scores = {name: slide_probe.asked([fit])[1] for name, fit in fits.items()}
     if "pretrained" in scores:
         names = first.bags.slides.loc[first.bags.slides["role"] == "test", "slide_id"]
         every = {name: said.loc[names].to_numpy() for name, said in floors.items()} | scores

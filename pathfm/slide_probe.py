@@ -79,26 +79,6 @@ class Fitted:
             found.append(Prediction(self.bags.name, self.head, said, run, told, **how))
         return found
 
-    def answer(self) -> Prediction:
-        """All runs as one: `right` is the share of them that name a test slide's class, `predicted` what most say."""
-        each = self.predictions()
-        said = pd.DataFrame({run: one.table["predicted"].to_numpy(str) for run, one in enumerate(each)})
-        hits = np.mean([one.hits for one in each], axis=0)
-        table = each[0].table.assign(predicted=said.mode(axis=1)[0].to_numpy(), right=hits)
-        scored = {"validate": float(self.validate.mean()), "scores": [one.balanced_accuracy for one in each]}
-        return Prediction(self.bags.name, self.head, table, 0, scored, mpp=each[0].mpp, quarantined=each[0].quarantined)
-
-    def asked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """truth (S,) bool, score (R, S) and patient (S,) of the test slides, as `roc.auc` takes them.
-
-        Raises InputError where there are not two classes.
-        """
-        if len(self.classes) != 2:
-            raise InputError(f"{self.label} has {len(self.classes)} classes, an AUC has two; score its predictions()")
-        test = (self.bags.slides["role"] == "test").to_numpy()
-        truth = _codes(self.bags, self.label)[1][test] == 1
-        return truth, self.probability()[:, test], patients(self.bags.slides)[test]
-
     def attention(self, row: int) -> np.ndarray:
         """(n_tiles,) of a slide, mean over the runs, sum 1. Raises InputError for a head without attention."""
         if self.head != "abmil":
@@ -154,6 +134,39 @@ def fit(
 def pooled(bags: Sequence[Bags], *how, **settings) -> Fitted:
     """`fit` of each of several poolings of one network, such as `Bags.pools`: the one that validates best."""
     return max((fit(one, *how, **settings) for one in bags), key=lambda found: found.validate.mean())
+
+
+def answer(folds: Sequence[Fitted]) -> Prediction:
+    """All runs of one head as one answer, of the test slides of one or more folds together.
+
+    `right` is the share of the runs that name a slide's class, `predicted` what most of them say; settings hold each
+    run's score over all folds.
+    """
+    each = [pd.concat([one.table for one in run]) for run in zip(*(fold.predictions() for fold in folds), strict=True)]
+    runs = [Prediction(folds[0].bags.name, folds[0].head, table, run) for run, table in enumerate(each)]
+    said = pd.DataFrame({run.seed: run.table["predicted"].to_numpy(str) for run in runs})
+    hits = np.mean([run.hits for run in runs], axis=0)
+    table = each[0].assign(predicted=said.mode(axis=1)[0].to_numpy(), right=hits)
+    validate = float(np.mean([fold.validate.mean() for fold in folds]))
+    scored = {"validate": validate, "scores": [run.balanced_accuracy for run in runs]}
+    bags = folds[0].bags
+    return Prediction(bags.name, folds[0].head, table, 0, scored, mpp=bags.mpp, quarantined=len(bags.quarantined))
+
+
+def asked(folds: Sequence[Fitted]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """truth (S,) bool, score (R, S) and patient (S,) of the test slides of one or more folds, as `roc.auc` takes them.
+
+    Raises InputError where there are not two classes.
+    """
+    truth, score, who = [], [], []
+    for one in folds:
+        if len(one.classes) != 2:
+            raise InputError(f"{one.label} has {len(one.classes)} classes, an AUC has two; score its predictions()")
+        test = (one.bags.slides["role"] == "test").to_numpy()
+        truth.append(_codes(one.bags, one.label)[1][test] == 1)
+        score.append(one.probability()[:, test])
+        who.append(patients(one.bags.slides)[test])
+    return np.concatenate(truth), np.concatenate(score, axis=1), np.concatenate(who)
 
 
 _OUT = ("logits", "epochs", "validate")
@@ -262,7 +275,7 @@ def table(fits: Iterable[Fitted]) -> pd.DataFrame:
     """A row a fit: AUC on test with its interval by patient, sizes, effective mpp, runs, what was left out and why."""
     rows = []
     for one in fits:
-        truth, score, who = one.asked()
+        truth, score, who = asked([one])
         found = auc(truth, score, who)
         told = found._asdict() | {"n_patients": len(set(who)), "n_slides": len(who), "mpp": one.bags.mpp}
         told |= {"n_quarantined": len(one.bags.quarantined), "runs": len(one.logits), "validate": one.validate.mean()}

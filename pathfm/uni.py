@@ -6,7 +6,7 @@ are learned from and brought to length 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +75,13 @@ def simpleshot(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray) -> np.nd
     return _nearest_mean(x @ means.T, means)
 
 
+class Episodes(NamedTuple):
+    """scores (n,) balanced accuracy of each, 0 to 1; votes (M, C) how many say each class of each test image."""
+
+    scores: np.ndarray
+    votes: np.ndarray
+
+
 def episodes(
     train_x: np.ndarray,
     train_y: np.ndarray,
@@ -83,24 +90,34 @@ def episodes(
     shots: int,
     n: int = 1000,
     seed: int = 0,
-) -> np.ndarray:
-    """(n,) balanced accuracies, 0 to 1, of `simpleshot` from `shots` images of each class, drawn anew for each episode.
+) -> Episodes:
+    """n times `simpleshot` from `shots` images of each class, drawn anew for each episode.
 
     Every test image is asked in each. Raises InputError where a class has too few images, or none on test.
     """
+    asked = np.bincount(test_y, minlength=train_y.max() + 1)
+    if asked.min() == 0:
+        raise InputError(f"class {asked.argmin()} has no image on test")
+    share = np.eye(len(asked), dtype=np.float32)[test_y] / asked  # (M, C)
+    scores, votes = [], np.zeros((len(test_y), len(asked)), int)
+    for said in _answered(train_x, train_y, test_x, shots, n, seed):
+        scores.append((share.T @ (said == test_y[:, None]).astype(np.float32)).mean(axis=0))
+        votes += np.stack([(said == label).sum(axis=1) for label in range(len(asked))], axis=1)
+    return Episodes(np.concatenate(scores), votes)
+
+
+def _answered(train_x, train_y, test_x, shots: int, n: int, seed: int) -> Iterator[np.ndarray]:
+    """(M, E) classes of every test image in the next E episodes."""
     train_x, test_x = finite(train_x), finite(test_x)
     centre = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)  # what is common to all changes no answer
     train_x, test_x = train_x - centre, test_x - centre
-    counts, asked = np.bincount(train_y), np.bincount(test_y, minlength=train_y.max() + 1)
+    counts = np.bincount(train_y)
     if counts.min() < shots:
         raise InputError(f"class {counts.argmin()} has {counts.min()} images to learn from; {shots} shots need {shots}")
-    if asked.min() == 0:
-        raise InputError(f"class {asked.argmin()} has no image on test")
     rng = np.random.default_rng(seed)
     places = [np.flatnonzero(train_y == label) for label in range(len(counts))]
-    share = np.eye(len(counts), dtype=np.float32)[test_y] / asked  # (M, C)
     length = (test_x**2).sum(axis=1)
-    found, step = [], max(1, BLOCK // (len(test_x) * len(counts)))
+    step = max(1, BLOCK // (len(test_x) * len(counts)))
     for start in range(0, n, step):
         drawn = [_support(train_x, places, shots, rng) for _ in range(min(step, n - start))]
         means = np.stack([mean for mean, _ in drawn])  # (E, C, D)
@@ -109,21 +126,33 @@ def episodes(
         towards = np.einsum("md,ecd->mec", test_x, means, optimize=True) - np.einsum("ed,ecd->ec", origin, means)
         distance = length[:, None] - 2 * test_x @ origin.T + (origin**2).sum(axis=1)
         towards /= np.sqrt(np.maximum(distance, 1e-12))[..., None]
-        said = _nearest_mean(towards, means)
-        right = (said == test_y[:, None]).astype(np.float32)
-        found.append((share.T @ right).mean(axis=0))
-    return np.concatenate(found)
+        yield _nearest_mean(towards, means)
 
 
 def retrieval(
     key_x: np.ndarray, key_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray, ks: Sequence[int] = (1, 3, 5)
 ) -> dict[str, float]:
     """The share of queries whose class one of the k nearest keys has ("acc@k"), or most of the last k have, 0 to 1."""
+    hit, said = hits(key_x, key_y, query_x, query_y, max(ks))
+    return {f"acc@{k}": float(hit[:, k - 1].mean()) for k in ks} | {
+        f"majority@{max(ks)}": float((said == query_y).mean())
+    }
+
+
+def hits(key_x, key_y, query_x, query_y, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """(M, k) whether a query's class is among its 1, 2, ... k nearest keys, and (M,) what most of the k are.
+
+    A query that lies on the mean of the keys has no direction and none nearest: of it stands how often as many keys,
+    drawn at random, hold its class.
+    """
+    key_y, query_y = np.asarray(key_y), np.asarray(query_y)
     key_x, query_x = centred(key_x, query_x)
-    ids, cosines = nearest(key_x, query_x, max(ks))
-    hit = np.asarray(key_y)[ids] == np.asarray(query_y)[:, None]
-    found = {f"acc@{k}": float(hit[:, :k].any(axis=1).mean()) for k in ks}
-    return found | {f"majority@{max(ks)}": float((vote(ids, cosines, np.asarray(key_y)) == query_y).mean())}
+    ids, cosines = nearest(key_x, query_x, k)
+    found = np.maximum.accumulate(key_y[ids] == query_y[:, None], axis=1).astype(float)
+    lost = ~query_x.any(axis=1)
+    others = (key_y[None, :] != query_y[lost, None]).sum(axis=1, keepdims=True) - np.arange(found.shape[1])
+    found[lost] = 1 - np.cumprod(np.maximum(others, 0) / (len(key_y) - np.arange(found.shape[1])), axis=1)
+    return found, vote(ids, cosines, key_y)
 
 
 def _support(x: np.ndarray, places: list[np.ndarray], shots: int, rng: np.random.Generator) -> tuple:

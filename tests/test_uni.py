@@ -66,7 +66,7 @@ def test_neighbours_of_centred_features_vote_as_in_scikit_learn():
 def test_episodes_are_simpleshot_on_what_was_drawn(shots, monkeypatch):
     x, y = clouds(signal=0.6)
     monkeypatch.setattr(uni, "BLOCK", 5 * 100 * 3)  # several blocks
-    found = uni.episodes(x[:300], y[:300], x[300:], y[300:], shots, n=12, seed=3)
+    found = uni.episodes(x[:300], y[:300], x[300:], y[300:], shots, n=12, seed=3).scores
     rng, expected = np.random.default_rng(3), []
     for _ in range(12):
         rows = np.concatenate([rng.choice(np.flatnonzero(y[:300] == c), shots, replace=False) for c in range(3)])
@@ -77,7 +77,7 @@ def test_episodes_are_simpleshot_on_what_was_drawn(shots, monkeypatch):
 
 def test_more_shots_are_better():
     x, y = clouds(n=900, signal=0.5)
-    means = [uni.episodes(x[:600], y[:600], x[600:], y[600:], shots, n=60).mean() for shots in (1, 8, 64)]
+    means = [uni.episodes(x[:600], y[:600], x[600:], y[600:], shots, n=60).scores.mean() for shots in (1, 8, 64)]
     assert means[0] < means[1] < means[2]
 
 
