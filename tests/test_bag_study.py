@@ -1,5 +1,7 @@
 """Slide labels from end to end: the synthetic ones in small, with the oracle as ceiling, and TP53 from its CSV."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -76,28 +78,25 @@ def test_the_recorded_coin_is_a_coin():
     assert coin["auc"].notna().all()
 
 
-def test_a_row_a_label_and_the_coin_has_no_oracle(cohort, index, tmp_path, monkeypatch):
-    """Four slides: every AUC is nan, and says why."""
-    found = bags.extract("colour", index, Cut(48, 1.0), folder=tmp_path)
-    roles = ["probe-train", "probe-train", "validate", "validate"]
-    labels = pd.DataFrame({"slide_id": found.slides["slide_id"], "role": roles})
-    labels = labels.assign(patient_id=["a", "a", "b", "b"], B0=[0, 1, 0, 1], B1=[0, 1, 0, 1])
-    monkeypatch.setattr(slide_probe, "ROLES", ("probe-train", "validate"))
-    monkeypatch.setattr(slide_floors, "SIZE", [])  # no slide is of role test: size would have none to be asked of
-    rows = bag_study.measure(cohort_with(cohort, labels), [found.of(labels)], {"mean": 1}, ("B0", "B1"), QUICK)
+def test_a_row_a_label_and_the_coin_has_no_oracle(cohort, index, tmp_path):
+    """Six slides, two of them copies: every AUC is nan, and says why."""
+    from pathfm import Cohort
+
+    rows = [0, 1, 2, 3, 0, 1]
+    found = bags.extract("colour", index, Cut(48, 1.0), folder=tmp_path).subset(rows)
+    labels = {"slide_id": [f"s{k}" for k in range(6)], "patient_id": list("aabbcc"), "B0": [0, 1] * 3, "B1": [0, 1] * 3}
+    labels["role"] = np.repeat(["probe-train", "validate", "test"], 2)
+    found = replace(found, slides=found.slides.assign(**labels))
+    rows = bag_study.measure(
+        Cohort(cohort.table.iloc[rows].assign(**labels), "tiny"), [found], {"mean": 1}, ("B0", "B1"), QUICK
+    )
     measured = list(rows)
     assert [len(one.pairs) for one in measured] == [0] * 4  # one of the features makes no pair
     table = pd.concat([one.rows for one in measured], ignore_index=True)
+    alone = ["chance", slide_floors.BY_SIZE]
     told = {label: rows["features"].tolist() for label, rows in table.groupby("label")}
-    assert told == {"B0": ["chance", "colour"], "B1": ["oracle", "chance", "colour"]}
+    assert told == {"B0": [*alone, "colour"], "B1": ["oracle", *alone, "colour"]}
     assert table["auc"].isna().all() and table["reason"].str.contains("fewer than 10 of a class").all()
-
-
-def cohort_with(cohort, labels):
-    from pathfm import Cohort
-
-    table = cohort.table.drop(columns=[c for c in labels if c != "slide_id" and c in cohort.table])
-    return Cohort(table.merge(labels, on="slide_id"), "tiny")
 
 
 def test_tp53_goes_from_its_csv_to_a_score_by_fold(slides, tmp_path):

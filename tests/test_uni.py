@@ -90,6 +90,22 @@ def test_too_few_images_for_the_shots():
         uni.episodes(x, y, x[y != 1], y[y != 1], shots=1)
 
 
+def test_votes_are_the_episodes_answers():
+    x, y = clouds(signal=0.6)
+    found = uni.episodes(x[:300], y[:300], x[300:], y[300:], 2, n=30, seed=1)
+    assert (found.votes.sum(axis=1) == 30).all()
+    share = found.votes[np.arange(len(y[300:])), y[300:]] / 30
+    each = [share[y[300:] == label].mean() for label in range(3)]
+    assert np.mean(each) == pytest.approx(found.scores.mean())  # the mean of the episodes' scores
+
+
+def test_a_query_without_direction_hits_as_often_as_keys_drawn_at_random():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    hit, _ = uni.hits(np.ones((10, 3)), labels, np.ones((2, 3)), np.array([0, 1]), k=3)
+    assert hit[0] == pytest.approx([3 / 10, 1 - 7 / 10 * 6 / 9, 1 - 7 / 10 * 6 / 9 * 5 / 8])
+    assert hit[1] == pytest.approx([2 / 10, 1 - 8 / 10 * 7 / 9, 1 - 8 / 10 * 7 / 9 * 6 / 8])
+
+
 def test_retrieval_counts_hits_among_the_nearest():
     angles = np.deg2rad([0, 10, 20, 180, 190, 200])
     keys, labels = np.stack([np.cos(angles), np.sin(angles)], axis=1), np.array([0, 1, 1, 2, 0, 2])
