@@ -225,3 +225,17 @@ def by_head(table: pd.DataFrame) -> pd.DataFrame:
         index=["label", "features"], columns="trained", values="shown"
     )
     return wide[sorted(dict.fromkeys(heads), key=lambda name: PLACE["head"](name.split(",")[0]))].fillna("")
+
+
+def beside(table: pd.DataFrame) -> pd.DataFrame:
+    """Of the rows whose centres were asked, what stands beside the AUC: scale, centre, the gain over the best floor."""
+    shown = ["features", "pool", "auc", "mpp", "robustness_index", "centre_identity", "best_floor"]
+    known = table.dropna(subset="centre_identity").set_index(["label", "head"])
+    return known[[*shown, "gain", "gain_low", "gain_high", "verdict"]].round(2).astype(object).fillna("")
+
+
+def pairs(label: str) -> pd.DataFrame:
+    """The recorded contrasts of one label, every two features of a head, from results/bags_pairs.csv."""
+    shown = ["label", "head", "a", "b", "difference", "low", "high", "p", "p_holm", "verdict"]
+    table, _ = read_results("bags_pairs")
+    return table.loc[table["label"] == label, shown].round(2) if len(table) else table

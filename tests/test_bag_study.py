@@ -144,7 +144,7 @@ def test_a_row_replaces_its_forerunner_and_leaves_all_others(tmp_path, monkeypat
     assert shown.loc[("B1", "pretrained")].tolist() == ["0.80 [0.61, 0.89]", "0.70 [0.61, 0.89]", ""]
 
 
-def test_the_gain_is_over_the_floor_of_highest_area(tmp_path):
+def test_the_gain_is_over_the_floor_of_highest_area(tmp_path, monkeypatch):
     """Bags of three vectors: one is the label, one noise, one nearly the label; and a size that says it in part."""
     rng, n = np.random.default_rng(0), 120
     y = np.arange(n) % 2
@@ -163,12 +163,13 @@ def test_the_gain_is_over_the_floor_of_highest_area(tmp_path):
         return slide_probe.fit(bags.Bags(name, slides, files, [None] * n, empty), "B1", "mean", how)
 
     fits = {
-        name: fitted(name, noise) for name, noise in (("colour", 3.0), ("random weights", 9.0), ("pretrained", 0.3))
+        name: fitted(name, noise)
+        for name, noise in (("colour + LBP", 3.0), ("random weights", 9.0), ("pretrained", 0.3))
     }
     alone = slide_floors.chance(slides) | slide_floors.size_alone(slides, "B1")
     rows, pairs = bag_study.contrasted(fits, alone)
     areas = rows.set_index("features")["auc"].to_dict()
-    truth, _, who = slide_probe.asked([fits["colour"]])
+    truth, _, who = slide_probe.asked([fits["colour + LBP"]])
     areas |= {name: roc.auc(truth, said.to_numpy(), who).value for name, said in alone.items()}
     own = rows.set_index("features").loc["pretrained"]
     best = max((name for name in areas if name != "pretrained"), key=areas.get)
@@ -178,6 +179,15 @@ def test_the_gain_is_over_the_floor_of_highest_area(tmp_path):
     assert rows["robustness_index"].notna().all() and rows["slide_dependence"].isna().all()
     assert pairs[["label", "head", "a", "b"]].iloc[-1].tolist() == ["B1", "mean", "random weights", "pretrained"]
     assert len(pairs) == 3 and pairs["p_holm"].iloc[-1] < 0.05
+    shown = bag_study.beside(rows).set_index("features")
+    assert shown["gain"].tolist() == ["", "", round(own["gain"], 2)] and shown["centre_identity"].notna().all()
+    monkeypatch.setattr(runs, "results_dir", lambda: tmp_path)
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path))
+    assert bag_study.pairs("B1").empty
+    for _ in range(2):
+        bag_study.keep("bags_pairs", pairs.assign(**runs.stamp()), ["label", "head", "a", "b"])
+    assert bag_study.pairs("B1")["p_holm"].tolist() == pairs["p_holm"].round(2).tolist()
+    assert bag_study.pairs("B2").empty
 
 
 def test_a_head_that_is_none_is_named_before_anything_is_drawn():
