@@ -141,6 +141,13 @@ def patch_map(model: nn.Module, x: Tensor, name: str) -> Tensor:
     return patches.mT.unflatten(2, (side, side))
 
 
+def widest(model: nn.Module) -> str:
+    """The pool that holds all that a network has: "both"; without CLS token "mean"; of one vector an image "cls"."""
+    if only_cls(model):
+        return "cls"
+    return "both" if getattr(model, "cls_token", None) is not None else "mean"
+
+
 def _timm(name: str, pretrained: bool, seed: int) -> nn.Module:
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         raise InputError(f"timm has no model '{name}'.{nearest(name, timm.list_models(f'{name[:5]}*'))}")

@@ -70,7 +70,8 @@ class Bags:
     files        the .npy of each slide, float32 (n_tiles, D)
     names        slide_id, x, y (level-0 px), mpp, tissue, ... of the tiles of each slide, in the rows' order
     quarantined  slide_id and reason of each slide without features: counted, never left out in silence
-    provenance   what made them: model, pool, cut, ...
+    provenance   what made them: model, pool, cut, effective mpp, ...
+    columns      of the files that are the features: the first, and the one behind the last (None: all the rest)
     """
 
     name: str
@@ -79,6 +80,7 @@ class Bags:
     names: list[pd.DataFrame]
     quarantined: pd.DataFrame
     provenance: dict = field(default_factory=dict)
+    columns: tuple[int, int | None] = (0, None)
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -89,7 +91,7 @@ class Bags:
 
     def __getitem__(self, row: int) -> np.ndarray:
         """(n_tiles, D) float32 of a slide, memory-mapped and read-only."""
-        return np.load(self.files[row], mmap_mode="r")
+        return np.load(self.files[row], mmap_mode="r")[:, slice(*self.columns)]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[row] for row in range(len(self)))
@@ -121,6 +123,25 @@ class Bags:
         own = kept.slides.drop(columns=[c for c in table if c != "slide_id" and c in kept.slides])
         bad = self.quarantined[self.quarantined["slide_id"].isin(table["slide_id"])].reset_index(drop=True)
         return replace(kept, slides=own.merge(table, on="slide_id", validate="one_to_one"), quarantined=bad)
+
+    @property
+    def mpp(self) -> float | None:
+        """Effective um per pixel of what the network saw; None of floors, which see the tiles as they are."""
+        return self.provenance.get("effective_mpp")
+
+    def pools(self) -> list[Bags]:
+        """CLS, mean and both, in the order of POOLS, of bags of pool "both", whose files they share; others alone.
+
+        The pool is added to the name.
+        """
+        pool, half = self.provenance.get("pool"), self[0].shape[1] // 2
+        if pool != "both":
+            return [self]
+        parts = {"cls": (0, half), "mean": (half, None), "both": (0, None)}
+        return [
+            replace(self, name=f"{self.name} ({part})", columns=columns, provenance={**self.provenance, "pool": part})
+            for part, columns in parts.items()
+        ]
 
     def means(self) -> np.ndarray:
         """(S, D) float32 mean of each slide's tiles."""
@@ -193,7 +214,9 @@ def extract(
                     del found[slide_id]
                 else:
                     _keep(found[slide_id][0], result)
-    return _bags(name or extractor.name, index, found, reasons, {**extractor.provenance, **told, **cut._asdict()})
+    seen = getattr(extractor.preprocess, "effective_mpp", None)
+    told |= {**cut._asdict(), "effective_mpp": seen and float(seen(cut.mpp, cut.tile_px))}
+    return _bags(name or extractor.name, index, found, reasons, {**extractor.provenance, **told})
 
 
 def embed_slide(source: Source | Extractor, index: SlideIndex, cut: Cut) -> np.ndarray | str:

@@ -46,7 +46,11 @@ def sign_flip(
     a, b = as_runs(a), as_runs(b)
     same_tiles(a[0], b[0])
     n, right_a = counts(a)
-    gain = ((right_a.mean(axis=0) - counts(b)[1].mean(axis=0)) / n.sum(axis=0)).mean(axis=1)
+    return flipped(((right_a.mean(axis=0) - counts(b)[1].mean(axis=0)) / n.sum(axis=0)).mean(axis=1), flips, seed)
+
+
+def flipped(gain: np.ndarray, flips: int = FLIPS, seed: int = 0) -> float:
+    """The share of sign patterns under which the sum of `gain`, a number a patient, is as far from 0 as it is."""
     gain = gain[gain != 0]
     if not len(gain):
         return 1.0
@@ -80,8 +84,15 @@ def pairwise(
     for a, b in itertools.combinations(models, 2):
         found = paired(models[a], models[b], margin, resamples, seed)
         rows.append({"a": a, "b": b, **found._asdict(), "p": sign_flip(models[a], models[b], seed=seed)})
+    return corrected(rows)
+
+
+def corrected(rows: Sequence[dict]) -> pd.DataFrame:
+    """Pairs a, b, a Difference and p, as `pairwise` gives them; a pair without p has no share in the correction."""
     table = pd.DataFrame(rows).rename(columns={"value": "difference"})
-    table.insert(table.columns.get_loc("p") + 1, "p_holm", holm(table["p"]))
+    table.insert(table.columns.get_loc("p") + 1, "p_holm", np.nan)
+    known = table["p"].notna()
+    table.loc[known, "p_holm"] = holm(table.loc[known, "p"])
     unsure = table["verdict"].isin(["better", "worse"]) & (table["p_holm"] > ALPHA)
     table.loc[unsure, "verdict"] = "undecided"
     return table.astype({"n_patients": "Int64"})

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pathfm import (
     backbones,
@@ -23,15 +20,18 @@ from pathfm import (
     mask_floors,
     probe,
     protocols,
+    roc,
     scores,
     segment,
+    slide_floors,
     slide_probe,
     tasks,
 )
-from pathfm.bags import Cut
+from pathfm.bags import Bags, Cut
 from pathfm.benchmarks import TileSet, patients
+from pathfm.descriptors import DESCRIPTORS
 from pathfm.errors import InputError, nearest
-from pathfm.features import Features, extract, random_twin
+from pathfm.features import Features, extract, pools, random_twin
 from pathfm.index import SlideIndex
 from pathfm.scores import Prediction
 from pathfm.segment import SegmentationProtocol
@@ -39,17 +39,21 @@ from pathfm.segmentation import of_images
 from pathfm.slide_probe import SlideProtocol
 from pathfm.tasks import pathorob, sites
 from pathfm.tasks.nuclei import NucleiSet
-from pathfm.tasks.slides import SlideSet
+from pathfm.tasks.slides import OUR_SPLIT, SlideSet
 
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # images a class, as UNI has them
 # By the name that their predictions bear.
 PROTOCOLS: dict[str, Callable[[Features], Prediction]] = {
     "linear": probe.linear,
     "kNN": probe.knn,
     "logistic": probe.logistic,
     "SimpleShot": probe.simpleshot,
+    "kNN (centred)": functools.partial(probe.knn, centred=True),
+    **{f"few-shot-{n}": functools.partial(probe.episodes, shots=n) for n in SHOTS},
+    **{f"retrieval-{k}": functools.partial(probe.retrieved, k=k) for k in (1, 3, 5)},
     **{name: functools.partial(probe.eva, name=name) for name in protocols.PROTOCOLS},
 }
-ON_TEST = ("linear", "kNN")  # these choose on validate; eva's report on it where there is no test
+ON_TEST = ("linear", "kNN", "kNN (centred)")  # these choose on validate; eva's report on it where there is no test
 ROBUSTNESS = "pathorob-2025"
 EVA = "eva-2026"  # of masks and slides; what is not as eva has it there stands behind it in the row
 TEN_SHOT = "eva-2026-10shot", "pcam_10shot"  # the protocol draws the images of this task itself
@@ -59,7 +63,6 @@ SLIDE_PX = 224  # of the tiles that a slide is cut into; eva's
 SLIDE_TILES = {"camelyon16_small": 1000, "panda_small": 200}  # a slide at most; eva's
 SLIDE_MPP = 0.5  # where a task does not say; ours
 SLIDE_FLOORS = ("colour", "histogram", "colour+lbp")
-SIZE = ["width_px", "height_px", "mpp", "tissue_mm2"]  # of a slide
 
 
 class Evaluated(NamedTuple):
@@ -131,17 +134,13 @@ def evaluate(
     made = {"device": device, "layers": layers, "precision": precision}
     features = extract(model, tiles, preprocess, pool, name, **made)
     answers = fit(features)
-    validated = "validate" in answers.settings and not backbones.only_cls(model)
-    floors = probe.floor_predictions(tiles, model if validated else None, preprocess, fit, **made)
-    if not validated:  # nothing says which pooling of random weights is best
-        twin = fit(extract(random_twin(model), tiles, preprocess, pool, f"random weights ({pool})", **made))
-        floors.append(replace(twin, floor=True))
+    floors = probe.floor_predictions(tiles, model, preprocess, fit, **made)
     model_name = _model(name, pool, layers, how.get("input_px"), features.provenance)
     row = leaderboard.row_of([answers], model_name, pretrained_on, _task(task, tiles.name), floors)
     role = answers.settings.get("reported on", "test")
     table = confounding.beside(scores.scores([answers, *floors]), [features], role)
     beside = table.iloc[0][list(confounding.COLUMNS)].to_dict()
-    note = "; ".join(filter(None, [row["note"], f"pool {pool}", extractors.compared(features.provenance)]))
+    note = leaderboard.noted(row["task"], row["note"], f"pool {pool}", extractors.compared(features.provenance))
     return Evaluated(row | beside | {"note": note}, table)
 
 
@@ -187,6 +186,7 @@ def masks(
     others as in `evaluate`
 
     Floors are the same decoder on random weights and those of `mask_floors`; the best is the one of highest Dice.
+    Robustness index, centre identity and slide dependence are those of the reported pieces, `confounding.of_masks`.
     """
     model, preprocess = backbones.load(backbone, **how)
     evas = segment.EVA.get(leaderboard.plain(task), SegmentationProtocol())
@@ -213,6 +213,7 @@ def masks(
         **{"score": dice.value, "low": dice.low, "high": dice.high, "runs": len(each)},
         "spread": np.std(each, ddof=1) if len(each) > 1 else np.nan,
         "protocol": _protocol(protocol.decoder if protocol.decoder != "image" else "", "changed" if changed else ""),
+        "mpp": own.mpp,
         "n_tiles": len(np.unique(own.reported.row)),
         "n_patients": gain.n_patients,
         "n_quarantined": len(images.quarantined),
@@ -220,8 +221,10 @@ def masks(
         **{"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "verdict": gain.verdict},
         "note": "; ".join(filter(None, [own.resampled, roles, f"decoder of {protocol.decoder}"])),
     }
-    table = pd.concat([one.summary() for one in (own, *floors)], ignore_index=True)
-    return Evaluated(row, table.assign(interval=own.resampled))
+    table = pd.concat([one.summary() for one in (own, *floors)], ignore_index=True).assign(interval=own.resampled)
+    beside = {name: value for name, value in confounding.of_masks(own).items() if name in confounding.COLUMNS}
+    table.loc[0, list(beside)] = list(beside.values())
+    return Evaluated(row | beside, table)
 
 
 def slide_labels(
@@ -236,6 +239,7 @@ def slide_labels(
     device: str | None = None,
     layers: int = 1,
     precision: str = "float32",
+    folds: int = 0,
     workers: int = 0,
     scheduler: str | None = None,
     **how,
@@ -246,58 +250,71 @@ def slide_labels(
     head      of `mil.HEADS`; the row says "eva-2026" of abmil, "eva-2026, mean" and so on of the others
     protocol  None: eva's, twenty runs; the row says ", changed" of another
     device, layers, precision   of the backbone, as in `bags.extract`; the heads are trained on that device too
+    folds     0: the slides' own roles; else so many folds by site, which each test once: heads and floors are fitted
+              anew in each, and the row is of all test slides together
     workers, scheduler   of indexing and of every bag, as in `bags.extract`
     others as in `evaluate`
 
     Floors are the same head on bags of SLIDE_FLOORS (standardised, or it would hardly be trained) and of random
-    weights; chance; and of two classes what size alone (`size_alone`), cancer type alone, site alone and both say
-    (`sites.alone`). The row and the table have the AUC too where there are two classes.
+    weights, pooled as they validate best; chance; and of two classes what size alone (`slide_floors.size_alone`),
+    cancer type alone, site alone and both say (`sites.alone`). The row and the table have the AUC too where there are
+    two classes, and beside it what the mean of a bag knows of the centre. Raises InputError for folds of slides that
+    have roles of their own.
     """
-    _, preprocess = backbones.load(backbone, **how)
+    model, preprocess = backbones.load(backbone, **how)
     evas, name = SlideProtocol(), name or Path(str(backbone)).name
-    protocol = protocol or evas
+    protocol, sets = protocol or evas, [one for _, one in slides.folds(folds)] if folds else [slides]
+    if folds and not slides.split.startswith(OUR_SPLIT):
+        raise InputError(f"{slides.name} has {slides.split}; folds are of a CSV of labels without a column role")
     index = SlideIndex.build(slides.cohort(), workers=workers or None, scheduler=scheduler)
     cut = Cut(SLIDE_PX, slides.mpp or SLIDE_MPP, most=SLIDE_TILES.get(leaderboard.plain(task), 0))
     where = {"workers": workers, "scheduler": scheduler}
     made = {"device": device, "layers": layers, "precision": precision, **where}
-    networks = {name: str(backbone), "random weights": f"twin:{backbone}"}  # names, which travel to workers
-    found = {one: bags.extract(named, index, cut, preprocess, pool, one, **made) for one, named in networks.items()}
-    by_pixels = {probe.FLOOR_NAMES[floor]: bags.extract(floor, index, cut, **where) for floor in SLIDE_FLOORS}
-    standard = replace(protocol, standardise=True)
-    fits = {one: slide_probe.fit(bag, "label", head, protocol, device or "cpu") for one, bag in found.items()}
-    for one, bag in by_pixels.items():
-        fits[one] = slide_probe.fit(replace(bag, name=one), "label", head, standard, device or "cpu")
-    own, *floors = [replace(fit.answer(), floor=one != name) for one, fit in fits.items()]
-    alone = {"chance": pd.Series(0.0, own.table["file"])}
-    if len(slides.classes) == 2:
-        alone |= size_alone(found[name].slides) | sites.alone(slides.table)
-    floors += [_by_group(own, one, said, slides.classes) for one, said in alone.items()]
+    own = bags.extract(str(backbone), index, cut, preprocess, pool, name, **made)  # by name, which travels to workers
+    twin = f"twin:{backbone}", index, cut, preprocess, backbones.widest(model), "random weights"
+    found = {name: [own], "random weights": bags.extract(*twin, **made).pools()}
+    found |= {probe.FLOOR_NAMES[floor]: [bags.extract(floor, index, cut, **where)] for floor in SLIDE_FLOORS}
+    standard = [one for one in found if one not in (name, "random weights")]
+    fits = {
+        one: [
+            _best(choices, part, head, replace(protocol, standardise=one in standard or protocol.standardise), device)
+            for part in sets
+        ]
+        for one, choices in found.items()
+    }
     by = _protocol(head if head != "abmil" else "", "changed" if protocol != evas else "")
-    own, *floors = [replace(one, probe=by) for one in (own, *floors)]
-    model_name = _model(name, pool, layers, how.get("input_px"), found[name].provenance)
-    row = leaderboard.row_of([own], model_name, pretrained_on, _task(task, slides.name), floors)
-    table, told = scores.scores([own, *floors]), [row["note"], slides.split, head, f"pool {pool}"]
-    told.append(extractors.compared(found[name].provenance))
+    each = [replace(slide_probe.answer(fit), name=one, probe=by, floor=one != name) for one, fit in fits.items()]
+    alone = [_alone(fit.bags.slides, part) for fit, part in zip(fits[name], sets, strict=True)]
+    alone = {one: pd.concat([said[one] for said in alone]) for one in alone[0]}
+    each += [_by_group(each[0], one, said, slides.classes) for one, said in alone.items()]
+    full_name = _task(task, slides.name) + (f", {folds} folds by site" if folds else "")
+    model_name = _model(name, pool, layers, how.get("input_px"), own.provenance)
+    row, table = leaderboard.row_of(each[:1], model_name, pretrained_on, full_name, each[1:]), scores.scores(each)
     if len(slides.classes) == 2:
-        areas = _areas(list(fits.values()), own, alone, slides.classes)
+        areas = _areas(fits, each[0], alone, slides.classes)
         table = table.assign(auc=areas["auc"].to_numpy())
         row |= areas.iloc[0].rename({"low": "auc_low", "high": "auc_high"}).to_dict()
-    return Evaluated(row | {"note": "; ".join(filter(None, told))}, table)
+    known = confounding.of_slides(own, role=None if folds else "test")
+    table.loc[0, list(confounding.COLUMNS)] = beside = [known[column] for column in confounding.COLUMNS]
+    split = f"each slide tests in one of {folds} folds by site" if folds else slides.split
+    told = split, head, f"pool {pool}", extractors.compared(own.provenance), known["why"]
+    note = leaderboard.noted(full_name, row["note"], *told)
+    return Evaluated(row | dict(zip(confounding.COLUMNS, beside, strict=True)) | {"note": note}, table)
 
 
-def size_alone(slides: pd.DataFrame) -> dict[str, pd.Series]:
-    """What the SIZE of slides with role test says, those of it that vary: log-odds of the second class by slide_id.
+def _best(choices: Sequence[Bags], part: SlideSet, head: str, protocol: SlideProtocol, device) -> slide_probe.Fitted:
+    """The pooling that validates best, with the roles of a fold."""
+    roles = part.table[["slide_id", "role"]]
+    return slide_probe.pooled([bag.of(roles) for bag in choices], "label", head, protocol, device or "cpu")
 
-    Of a logistic regression on standardised logarithms, classes weighted equally, fitted on probe-train.
-    """
-    known = [column for column in SIZE if slides[column].nunique() > 1 and (slides[column] > 0).all()]
-    if not known:
-        return {}
-    train, test = (slides["role"] == role for role in ("probe-train", "test"))
-    x = np.log(slides[known].to_numpy(float))
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    said = model.fit(x[train], slides.loc[train, "label"]).decision_function(x[test])
-    return {"size, mpp and tissue area alone": pd.Series(said, slides.loc[test, "slide_id"])}
+
+def _alone(slides: pd.DataFrame, part: SlideSet) -> dict[str, pd.Series]:
+    """Log-odds by test slide of what needs no tile; of two classes also size, cancer type, site."""
+    known = slide_floors.chance(slides)
+    if len(part.classes) != 2:
+        return known
+    there = part.table[part.table["slide_id"].isin(slides["slide_id"])]
+    return known | slide_floors.size_alone(slides) | sites.alone(there)
 
 
 def _by_group(own: Prediction, name: str, said: pd.Series, classes: Sequence[str]) -> Prediction:
@@ -308,13 +325,16 @@ def _by_group(own: Prediction, name: str, said: pd.Series, classes: Sequence[str
 
 
 def _areas(
-    fits: Sequence[slide_probe.Fitted], own: Prediction, alone: dict[str, pd.Series], classes: Sequence[str]
+    fits: Mapping[str, Sequence[slide_probe.Fitted]],
+    own: Prediction,
+    alone: dict[str, pd.Series],
+    classes: Sequence[str],
 ) -> pd.DataFrame:
-    """auc, low and high of the heads, and of what is said `alone` of the same test slides."""
+    """auc, low and high of the heads, and of what is said `alone` of the same test slides; folds are put together."""
+    rows = [roc.auc(*slide_probe.asked(fit)) for fit in fits.values()]
     truth, who = own.table["truth"] == max(classes), patients(own.table)
-    rows = [slide_probe.auc(truth, said.loc[own.table["file"]].to_numpy(), who) for said in alone.values()]
-    found = pd.DataFrame(rows, columns=slide_probe.AUC._fields).rename(columns={"value": "auc"})
-    return pd.concat([slide_probe.table(fits), found], ignore_index=True)[["auc", "low", "high"]]
+    rows += [roc.auc(truth, said.loc[own.table["file"]].to_numpy(), who) for said in alone.values()]
+    return pd.DataFrame(rows).rename(columns={"value": "auc"})[["auc", "low", "high"]]
 
 
 def robustness(
@@ -331,43 +351,52 @@ def robustness(
     layers: int = 1,
     precision: str = "float32",
     **how,
-) -> dict:
-    """The row of a backbone on one of PathoROB's sets: its robustness index, and no probe.
+) -> Evaluated:
+    """The row of a backbone on one of PathoROB's sets: its robustness index with interval and floors, and no probe.
 
     metadata, images   folders, as `tasks.pathorob.read` and `tasks.pathorob.tiles` take them
     embeddings         in place of the images, a folder of features made elsewhere, as `tasks.pathorob.embeddings` takes
                        it; the backbone is then but a name
     others as in `evaluate`
 
-    Raises InputError unless one of images and embeddings is given, and what they lack.
+    Floors are chance and, of images, DESCRIPTORS and the same network with random weights in each pooling. Raises
+    InputError unless one of images and embeddings is given, and what they lack.
     """
     about = tasks.about(task) if isinstance(task, str) else task
     if bool(images) == bool(embeddings):
         raise InputError(f"{about.name} needs the folder of its images, or one of embeddings; give one of the two")
     table, bad, name = tasks.read(about, metadata, allow_partial=allow_partial), 0, name or Path(str(backbone)).name
-    full_name, note = table.attrs["name"], "given embeddings"
+    full_name, model_name, mpp, note = table.attrs["name"], name, None, "given embeddings: chance is the only floor"
     if embeddings:
-        x = pathorob.embeddings(embeddings, table)
+        found = {name: pathorob.embeddings(embeddings, table)}
     else:
         tiles = pathorob.tiles(about, table, images)
         model, preprocess = backbones.load(backbone, **how)
-        found = extract(model, tiles, preprocess, pool, device=device, layers=layers, precision=precision)
-        x, table = pathorob.align(found.x, tiles, table)
-        provenance = found.provenance
-        name = _model(name, pool, layers, how.get("input_px"), provenance)
-        bad = len(tiles.quarantined)
-        note = "; ".join(filter(None, [f"pool {pool}", extractors.compared(provenance)]))
-    found = pathorob.robustness(about, x, table)
-    return {
-        "model": name,
+        made = {"device": device, "layers": layers, "precision": precision}
+        own = extract(model, tiles, preprocess, pool, name, **made)
+        twin = extract(random_twin(model), tiles, preprocess, backbones.widest(model), "random weights", **made)
+        floors = [extract(floor, tiles, name=probe.FLOOR_NAMES[floor]) for floor in DESCRIPTORS]
+        aligned = {one.name: pathorob.align(one.x, tiles, table) for one in (own, *floors, *pools(twin))}
+        found, table = {one: x for one, (x, _) in aligned.items()}, aligned[name][1]
+        model_name = _model(name, pool, layers, how.get("input_px"), own.provenance)
+        mpp, bad = own.provenance["effective_mpp"], len(tiles.quarantined)
+        note = "; ".join(filter(None, [f"pool {pool}", extractors.compared(own.provenance)]))
+    scored = pathorob.scored(about, found, table)
+    once = ~table["file"].duplicated().to_numpy()
+    known = confounding.told(found[name][once], table[once])
+    first = scored.iloc[0].rename({"robustness_index": "score"})
+    row = {
+        "model": model_name,
         "pretrained_on": pretrained_on,
         "task": full_name,
         "part": "all",
         "metric": "robustness index",
-        "score": found["robustness_index"],
+        **first.drop(["features", "floor"]),
         "protocol": ROBUSTNESS,
-        "n_tiles": found["n"],
+        "mpp": mpp,
         "n_quarantined": bad,
         "runs": 1,
-        "note": f"k {found['k']}; {note}",
+        **{column: known[column] for column in confounding.COLUMNS if column != "robustness_index"},
+        "note": f"k {pathorob.K[about.name]}; {note}",
     }
+    return Evaluated(row, scored)

@@ -164,14 +164,17 @@ def so_os(x: np.ndarray, label, centre, group, k: int) -> tuple[np.ndarray, np.n
     Two arrays (k,), summed over all rows; neighbours by cosine, those of the row's own group (patient, slide) left
     out. Shorter than k where some row has fewer neighbours.
     """
+    so, os = so_os_each(x, label, centre, group, k)
+    return np.cumsum(so.sum(axis=0)), np.cumsum(os.sum(axis=0))
+
+
+def so_os_each(x: np.ndarray, label, centre, group, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`so_os` of each row and neighbour, not summed: two boolean arrays (N, k)."""
     label, centre = np.asarray(label), np.asarray(centre)
     ids, _ = nearest(x, k=k, bank_group=np.unique(np.asarray(group), return_inverse=True)[1])
     ids = ids[:, : int((ids >= 0).sum(axis=1).min())]
     same_class, same_centre = label[ids] == label[:, None], centre[ids] == centre[:, None]
-    return (
-        np.cumsum((same_class & ~same_centre).sum(axis=0)),
-        np.cumsum((~same_class & same_centre).sum(axis=0)),
-    )
+    return same_class & ~same_centre, ~same_class & same_centre
 
 
 def _balanced_rows(label: np.ndarray, centre: np.ndarray, seed: int) -> tuple[np.ndarray, str]:

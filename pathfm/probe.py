@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "cross_validate",
     "cross_validate_within",
+    "episodes",
     "eva",
     "few_shot",
     "floor_predictions",
@@ -40,6 +41,7 @@ __all__ = [
     "paired",
     "pooled",
     "retrieval",
+    "retrieved",
     "scores",
     "simpleshot",
 ]
@@ -192,10 +194,32 @@ def few_shot(
         shots = 2 ** np.arange(int(np.log2(np.bincount(y[train]).min())) + 1)
     rows = []
     for n in shots:
-        found = uni.episodes(support, y[train], queries, y[asked], int(n), episodes, seed)
+        found = uni.episodes(support, y[train], queries, y[asked], int(n), episodes, seed).scores
         low, high = np.quantile(found, [0.025, 0.975])
         rows.append({"shots": int(n), "balanced_accuracy": found.mean(), "sd": found.std(), "low": low, "high": high})
     return pd.DataFrame(rows).assign(episodes=episodes, n_tiles=int(asked.sum()))
+
+
+def episodes(features: Features, shots: int = 16, n: int = 1000, seed: int = 0) -> Prediction:
+    """`few_shot` of one number of shots as answers: each of n episodes is a fit, and the score is their mean's."""
+    train, asked = _rows(features, "probe-train"), _rows(features, _reported(features), True)
+    y = features.y
+    found = uni.episodes(features.x[train], y[train], features.x[asked], y[asked], shots, n, seed)
+    settings = {"reported on": _reported(features), "shots": shots, "scores": found.scores.tolist()}
+    answer = _prediction(features, f"few-shot-{shots}", asked, found.votes.argmax(axis=1), 0, settings)
+    return replace(answer, table=answer.table.assign(right=found.votes[np.arange(len(y[asked])), y[asked]] / n))
+
+
+def retrieved(features: Features, k: int = 5, seed: int = 0) -> Prediction:
+    """`retrieval` as answers: right where one of the k nearest has the class; `predicted` is what most of them are.
+
+    The score is acc@k as a mean over the classes, where UNI's is one over the images.
+    """
+    train, asked = _rows(features, "probe-train"), _rows(features, _reported(features))
+    y, settings = features.y, {"reported on": _reported(features), "metric": f"acc@{k}"}
+    hit, said = uni.hits(features.x[train], y[train], features.x[asked], y[asked], k)
+    answer = _prediction(features, f"retrieval-{k}", asked, said, seed, settings)
+    return replace(answer, table=answer.table.assign(right=hit[:, -1]))
 
 
 def retrieval(features: Features, ks: Sequence[int] = (1, 3, 5)) -> dict[str, float]:
@@ -235,8 +259,7 @@ def pooled(
     if isinstance(model, (str, Path)):
         model, own = backbones.load(model)
         preprocess = preprocess or own
-    pool = "both" if getattr(model, "cls_token", None) is not None else "mean"
-    found = pools(extract(model, tiles, preprocess, pool, name, folder, **how))
+    found = pools(extract(model, tiles, preprocess, backbones.widest(model), name, folder, **how))
     return max(found, key=lambda features: probe(features).settings["validate"])
 
 
@@ -294,15 +317,19 @@ def floor_predictions(
 
     Chance; colour mean and spread; colour histogram; local binary patterns; both; size, mpp and magnification
     where they vary; and, with `model`, the same architecture with random weights: CLS, mean or both, whichever
-    is best on validate; `how` is that of `pooled`.
+    is best on validate, or each of them where the probe says nothing of validate; `how` is that of `pooled`.
     """
-    from pathfm.features import extract, metadata_columns, random_twin
+    from pathfm import backbones
+    from pathfm.features import extract, metadata_columns, pools, random_twin
 
     wanted = [name for name in FLOOR_NAMES if name != "metadata" or metadata_columns(tiles)]
     answers = [probe(extract(name, tiles, name=FLOOR_NAMES[name], folder=folder)) for name in wanted]
     if model is not None:
-        twin = random_twin(model, seed)
-        answers.append(probe(pooled(twin, tiles, preprocess, "random weights", folder, probe, **how)))
+        named = backbones.widest(model), "random weights"
+        twin = pools(extract(random_twin(model, seed), tiles, preprocess, *named, folder, **how))
+        said = [probe(one) for one in twin]
+        validated = all("validate" in one.settings for one in said)
+        answers += [max(said, key=lambda one: one.settings["validate"])] if validated else said
     return [replace(answer, floor=True) for answer in answers]
 
 

@@ -117,7 +117,9 @@ class Segmented:
     reported  its pieces: of role test, else of validate, on which the runs were also stopped
     steps     (R,) of the best epoch; validate (R,) its score
     window_px of the protocol, which says how large a piece is
-    predict   (B, px, px, 3) uint8 to (B, px, px) classes, by the first run
+    predict   (B, px, px, 3) uint8 to (B, px, px) classes, by the first run; None of what looks at no pixels
+    tokens    (P, D) mean token of every reported piece; None of floors
+    mpp       effective um per pixel of a reported piece, their median; None where the images' is not known
     """
 
     name: str
@@ -129,7 +131,9 @@ class Segmented:
     steps: np.ndarray
     validate: np.ndarray
     window_px: int
-    predict: Callable[[np.ndarray], np.ndarray]
+    predict: Callable[[np.ndarray], np.ndarray] | None
+    tokens: np.ndarray | None = None
+    mpp: float | None = None
 
     @property
     def resampled(self) -> str:
@@ -166,7 +170,11 @@ class Segmented:
             row[f"dice without {self.images.ignored}"] = self.interval(clean=True).value
         row |= dict(zip(self.images.classes, by_class, strict=True)) | {"role": self.role}
         row |= {"stopped on report": self.role != "test", "runs": len(self.each), "n_pieces": len(self.reported.row)}
-        row |= {"n_images": len(np.unique(self.reported.row)), "n_quarantined": len(self.images.quarantined)}
+        row |= {
+            "mpp": self.mpp,
+            "n_images": len(np.unique(self.reported.row)),
+            "n_quarantined": len(self.images.quarantined),
+        }
         return pd.DataFrame([row])
 
 
@@ -222,8 +230,17 @@ def fit(
     steps, validate = (np.concatenate([getattr(runs, name) for runs in trained]) for name in ("when", "score"))
     decoder, first = trained[0].model, {name: tensor[:1] for name, tensor in trained[0].best.items()}
     asked = lambda pixels: _predict(decoder, first, seen.batch(Pieces(pixels, pixels[..., 0], None)), protocol)[0]  # noqa: E731
-    told = steps, validate, protocol.window_px, asked
-    return Segmented(label, images, cut[role], role, each, clean, *told)
+    told = steps, validate, protocol.window_px, asked, held[role].tokens.mean(dim=(2, 3)).cpu().numpy()
+    return Segmented(label, images, cut[role], role, each, clean, *told, effective_mpp(images, cut[role], protocol))
+
+
+def effective_mpp(images: NucleiSet, some: Pieces, protocol: SegmentationProtocol) -> float | None:
+    """Median um per pixel of pieces, as the network sees them; None where the images' mpp is not known."""
+    table = images.table.iloc[some.row]
+    side = table[["width_px", "height_px"]].min(axis=1).astype(float)
+    side = side.clip(upper=protocol.window_px or np.inf)
+    mpp = (table["mpp"].astype(float) * side / protocol.input_px).median()
+    return None if np.isnan(mpp) else float(mpp)
 
 
 class Batch(NamedTuple):

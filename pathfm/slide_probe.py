@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,11 @@ from pathfm.ensemble import Ensemble
 from pathfm.errors import InputError, nearest
 from pathfm.metrics import CONSTANT, balanced_accuracy
 from pathfm.mil import HEADS, side_by_side
-from pathfm.scores import RESAMPLES, Prediction
+from pathfm.roc import auc
+from pathfm.scores import Prediction
 from pathfm.storage import progress
 
 ROLES = ("probe-train", "validate", "test")
-MIN_EACH = 10  # test patients of either class; an AUC of fewer is not shown
 # Of one step; runs are trained in groups that stay below. Small on a CPU, where only ABMIL and its twins gain by
 # company (dozens of small products): five runs of TransMIL at once take 1.2 times the seconds of five, one by one.
 BYTES_AT_ONCE = {"cpu": 2**27, "gpu": 2**34}
@@ -71,22 +71,13 @@ class Fitted:
         test = (self.bags.slides["role"] == "test").to_numpy()
         table = self.bags.slides[test].assign(file=self.bags.slides["slide_id"][test])
         truth = np.array(self.classes)[_codes(self.bags, self.label)[1][test]]
-        how = {"quarantined": len(self.bags.quarantined)}
+        how = {"quarantined": len(self.bags.quarantined), "mpp": self.bags.mpp}
         names, found = np.array(self.classes), []
         for run, answer in enumerate(_answers(self.logits[:, test])):
             said = table.assign(truth=truth, predicted=names[answer])
             told = {"validate": float(self.validate[run])}
             found.append(Prediction(self.bags.name, self.head, said, run, told, **how))
         return found
-
-    def answer(self) -> Prediction:
-        """All runs as one: `right` is the share of them that name a test slide's class, `predicted` what most say."""
-        each = self.predictions()
-        said = pd.DataFrame({run: one.table["predicted"].to_numpy(str) for run, one in enumerate(each)})
-        hits = np.mean([one.hits for one in each], axis=0)
-        table = each[0].table.assign(predicted=said.mode(axis=1)[0].to_numpy(), right=hits)
-        scored = {"validate": float(self.validate.mean()), "scores": [one.balanced_accuracy for one in each]}
-        return Prediction(self.bags.name, self.head, table, 0, scored, quarantined=each[0].quarantined)
 
     def attention(self, row: int) -> np.ndarray:
         """(n_tiles,) of a slide, mean over the runs, sum 1. Raises InputError for a head without attention."""
@@ -138,6 +129,44 @@ def fit(
     logits, epochs, validate = (np.concatenate([part[name] for part in parts]) for name in _OUT)
     state = {name: torch.cat([part["state"][name] for part in parts]) for name in parts[0]["state"]}
     return Fitted(head, label, bags, classes, logits, state, epochs, validate, scaling)
+
+
+def pooled(bags: Sequence[Bags], *how, **settings) -> Fitted:
+    """`fit` of each of several poolings of one network, such as `Bags.pools`: the one that validates best."""
+    return max((fit(one, *how, **settings) for one in bags), key=lambda found: found.validate.mean())
+
+
+def answer(folds: Sequence[Fitted]) -> Prediction:
+    """All runs of one head as one answer, of the test slides of one or more folds together.
+
+    `right` is the share of the runs that name a slide's class, `predicted` what most of them say; settings hold each
+    run's score over all folds.
+    """
+    each = [pd.concat([one.table for one in run]) for run in zip(*(fold.predictions() for fold in folds), strict=True)]
+    runs = [Prediction(folds[0].bags.name, folds[0].head, table, run) for run, table in enumerate(each)]
+    said = pd.DataFrame({run.seed: run.table["predicted"].to_numpy(str) for run in runs})
+    hits = np.mean([run.hits for run in runs], axis=0)
+    table = each[0].assign(predicted=said.mode(axis=1)[0].to_numpy(), right=hits)
+    validate = float(np.mean([fold.validate.mean() for fold in folds]))
+    scored = {"validate": validate, "scores": [run.balanced_accuracy for run in runs]}
+    bags = folds[0].bags
+    return Prediction(bags.name, folds[0].head, table, 0, scored, mpp=bags.mpp, quarantined=len(bags.quarantined))
+
+
+def asked(folds: Sequence[Fitted]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """truth (S,) bool, score (R, S) and patient (S,) of the test slides of one or more folds, as `roc.auc` takes them.
+
+    Raises InputError where there are not two classes.
+    """
+    truth, score, who = [], [], []
+    for one in folds:
+        if len(one.classes) != 2:
+            raise InputError(f"{one.label} has {len(one.classes)} classes, an AUC has two; score its predictions()")
+        test = (one.bags.slides["role"] == "test").to_numpy()
+        truth.append(_codes(one.bags, one.label)[1][test] == 1)
+        score.append(one.probability()[:, test])
+        who.append(patients(one.bags.slides)[test])
+    return np.concatenate(truth), np.concatenate(score, axis=1), np.concatenate(who)
 
 
 _OUT = ("logits", "epochs", "validate")
@@ -242,54 +271,13 @@ def _roles(bags: Bags, label: str, classes: list[str], y: np.ndarray) -> dict[st
     return rows
 
 
-class AUC(NamedTuple):
-    """Mean over runs, with the interval of its bootstrap by patient; nan, and why, where it is not shown."""
-
-    value: float
-    low: float
-    high: float
-    spread: float  # standard deviation over runs: noise of the optimiser, no part of the interval
-    n_patients: tuple[int, int]  # of the first and the last class
-    reason: str
-
-
-def auc(truth: np.ndarray, score: np.ndarray, patient: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> AUC:
-    """Area under the ROC curve, 0 to 1; every bootstrap draw takes the same patients for all runs.
-
-    truth (S,) bool; score (R, S), higher for True; patient (S,) whose slides are drawn together
-
-    Not shown with fewer than 10 patients of either class. A draw without one of the classes is left out.
-    """
-    truth, score = np.asarray(truth, bool), np.atleast_2d(score)
-    who = np.unique(patient, return_inverse=True)[1]
-    n = len(np.unique(who[~truth])), len(np.unique(who[truth]))
-    if min(n) < MIN_EACH:
-        return AUC(*[np.nan] * 4, n, f"{n[0]} + {n[1]} test patients, fewer than {MIN_EACH} of a class")
-    gap = score[:, truth, None] - score[:, None, ~truth]
-    won = (gap > 0) + 0.5 * (gap == 0)  # (R, positives, negatives)
-    each = won.mean(axis=(1, 2))
-    drawn = np.random.default_rng(seed).multinomial(
-        who.max() + 1, np.full(who.max() + 1, 1 / (who.max() + 1)), resamples
-    )
-    yes, no = drawn[:, who[truth]], drawn[:, who[~truth]]
-    pairs = yes.sum(axis=1) * no.sum(axis=1)
-    kept = pairs > 0
-    areas = np.einsum("bp,pn,bn->b", yes[kept], won.mean(axis=0), no[kept], optimize=True) / pairs[kept]
-    return AUC(each.mean(), *np.quantile(areas, [0.025, 0.975]), each.std(ddof=1) if len(each) > 1 else np.nan, n, "")
-
-
 def table(fits: Iterable[Fitted]) -> pd.DataFrame:
-    """One row a fit: AUC on test with its interval by patient, sizes, runs, what was left out and why."""
+    """A row a fit: AUC on test with its interval by patient, sizes, effective mpp, runs, what was left out and why."""
     rows = []
     for one in fits:
-        if len(one.classes) != 2:
-            raise InputError(f"{one.label} has {len(one.classes)} classes, an AUC has two; score its predictions()")
-        slides = one.bags.slides
-        test = (slides["role"] == "test").to_numpy()
-        who = patients(slides)[test]
-        y = _codes(one.bags, one.label)[1][test]
-        found = auc(y == 1, one.probability()[:, test], who)
-        told = found._asdict() | {"n_patients": len(set(who)), "n_slides": int(test.sum())}
+        truth, score, who = asked([one])
+        found = auc(truth, score, who)
+        told = found._asdict() | {"n_patients": len(set(who)), "n_slides": len(who), "mpp": one.bags.mpp}
         told |= {"n_quarantined": len(one.bags.quarantined), "runs": len(one.logits), "validate": one.validate.mean()}
         rows.append({"label": one.label, "features": one.bags.name, "head": one.head, **told})
     return pd.DataFrame(rows).rename(columns={"value": "auc"})

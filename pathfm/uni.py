@@ -6,7 +6,8 @@ are learned from and brought to length 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +69,13 @@ def simpleshot(train_x: np.ndarray | Rows, train_y: np.ndarray, x: np.ndarray | 
     return np.concatenate([_nearest_mean(block @ means.T, means) for _, block in x.blocks()])
 
 
+class Episodes(NamedTuple):
+    """scores (n,) balanced accuracy of each, 0 to 1; votes (M, C) how many say each class of each test image."""
+
+    scores: np.ndarray
+    votes: np.ndarray
+
+
 def episodes(
     train_x: np.ndarray | Rows,
     train_y: np.ndarray,
@@ -76,30 +84,37 @@ def episodes(
     shots: int,
     n: int = 1000,
     seed: int = 0,
-) -> np.ndarray:
-    """(n,) balanced accuracies, 0 to 1, of `simpleshot` from `shots` images of each class, drawn anew for each episode.
+) -> Episodes:
+    """n times `simpleshot` from `shots` images of each class, drawn anew for each episode.
 
     Every test image is asked in each. Raises InputError where a class has too few images, or none on test.
     """
-    train_x, test_x = Rows.of(train_x).finite(), Rows.of(test_x).finite()
-    centre = train_x.mean()  # what is common to all changes no answer
-    train_x, test_x = (x.changed(lambda block: block - centre) for x in (train_x, test_x))
-    counts, asked = np.bincount(train_y), np.bincount(test_y, minlength=train_y.max() + 1)
-    if counts.min() < shots:
-        raise InputError(f"class {counts.argmin()} has {counts.min()} images to learn from; {shots} shots need {shots}")
+    asked = np.bincount(test_y, minlength=train_y.max() + 1)
     if asked.min() == 0:
         raise InputError(f"class {asked.argmin()} has no image on test")
+    share = np.eye(len(asked), dtype=np.float32)[test_y] / asked  # (M, C)
+    scores, votes = [], np.zeros((len(test_y), len(asked)), int)
+    for said in _answered(Rows.of(train_x).finite(), train_y, Rows.of(test_x).finite(), shots, n, seed):
+        scores.append((share.T @ (said == test_y[:, None]).astype(np.float32)).mean(axis=0))
+        votes += np.stack([(said == label).sum(axis=1) for label in range(len(asked))], axis=1)
+    return Episodes(np.concatenate(scores), votes)
+
+
+def _answered(train_x: Rows, train_y: np.ndarray, test_x: Rows, shots: int, n: int, seed: int) -> Iterator[np.ndarray]:
+    """(M, E) classes of every test image in the next E episodes."""
+    centre = train_x.mean()  # what is common to all changes no answer
+    train_x, test_x = (x.changed(lambda block: block - centre) for x in (train_x, test_x))
+    counts = np.bincount(train_y)
+    if counts.min() < shots:
+        raise InputError(f"class {counts.argmin()} has {counts.min()} images to learn from; {shots} shots need {shots}")
     rng = np.random.default_rng(seed)
     places = [np.flatnonzero(train_y == label) for label in range(len(counts))]
-    share = np.eye(len(counts), dtype=np.float32)[test_y] / asked  # (M, C)
-    found, step = [], max(1, BLOCK // (len(test_x) * len(counts)))
+    step = max(1, BLOCK // (len(test_x) * len(counts)))
     for start in range(0, n, step):
         drawn = [_support(train_x, places, shots, rng) for _ in range(min(step, n - start))]
         means = np.stack([mean for mean, _ in drawn])  # (E, C, D)
         origin = np.stack([o for _, o in drawn])  # (E, D)
-        right = np.concatenate([_said(block, means, origin) == test_y[at, None] for at, block in test_x.blocks()])
-        found.append((share.T @ right.astype(np.float32)).mean(axis=0))
-    return np.concatenate(found)
+        yield np.concatenate([_said(block, means, origin) for _, block in test_x.blocks()])
 
 
 def _said(x: np.ndarray, means: np.ndarray, origin: np.ndarray) -> np.ndarray:
@@ -119,11 +134,26 @@ def retrieval(
     ks: Sequence[int] = (1, 3, 5),
 ) -> dict[str, float]:
     """The share of queries whose class one of the k nearest keys has ("acc@k"), or most of the last k have, 0 to 1."""
+    hit, said = hits(key_x, key_y, query_x, query_y, max(ks))
+    return {f"acc@{k}": float(hit[:, k - 1].mean()) for k in ks} | {
+        f"majority@{max(ks)}": float((said == query_y).mean())
+    }
+
+
+def hits(key_x, key_y, query_x, query_y, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """(M, k) whether a query's class is among its 1, 2, ... k nearest keys, and (M,) what most of the k are.
+
+    A query that lies on the mean of the keys has no direction and none nearest: of it stands how often as many keys,
+    drawn at random, hold its class.
+    """
+    key_y, query_y = np.asarray(key_y), np.asarray(query_y)
     key_x, query_x = centred(key_x, query_x)
-    ids, cosines = nearest(key_x, query_x, max(ks))
-    hit = np.asarray(key_y)[ids] == np.asarray(query_y)[:, None]
-    found = {f"acc@{k}": float(hit[:, :k].any(axis=1).mean()) for k in ks}
-    return found | {f"majority@{max(ks)}": float((vote(ids, cosines, np.asarray(key_y)) == query_y).mean())}
+    ids, cosines = nearest(key_x, query_x, k)
+    found = np.maximum.accumulate(key_y[ids] == query_y[:, None], axis=1).astype(float)
+    lost = ~query_x.any(axis=1)
+    others = (key_y[None, :] != query_y[lost, None]).sum(axis=1, keepdims=True) - np.arange(found.shape[1])
+    found[lost] = 1 - np.cumprod(np.maximum(others, 0) / (len(key_y) - np.arange(found.shape[1])), axis=1)
+    return found, vote(ids, cosines, key_y)
 
 
 def _support(x: Rows, places: list[np.ndarray], shots: int, rng: np.random.Generator) -> tuple:

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pathfm import InputError, confounding, metrics, probe
+from pathfm import InputError, bags, confounding, metrics, probe, segment
 from pathfm.benchmarks import TileSet
 from pathfm.features import Features
+from pathfm.tasks.nuclei import NucleiSet
 
 
 def tiles(patients=24, each=12, centres=4) -> TileSet:
@@ -76,6 +77,61 @@ def test_what_the_tiles_cannot_tell_is_said():
         assert found["why"] == why and np.isnan(found["robustness_index"])
     with pytest.raises(InputError, match="no tile of made has the role pretrain"):
         confounding.of(holding("label"), role="pretrain")
+
+
+def test_of_one_class_nothing_is_robust():
+    features = holding("centre")
+    one = replace(features.tiles, table=features.table.assign(label="a"))
+    found = confounding.of(replace(features, tiles=one))
+    assert found["why"] == "all are of one class" and found["centre_identity"] > 0.95
+    assert np.isnan(found["robustness_index"]) and np.isnan(found["slide_dependence"])
+
+
+def test_tiles_of_an_unknown_centre_are_asked_of_their_slide_alone():
+    features, some = holding("label"), holding("label").table["patient_id"].isin(["p0", "p1"]).to_numpy()
+    table = features.table.assign(centre=features.table["centre"].mask(some, ""))
+    found = confounding.told(features.x, table, k=2)
+    known = confounding.told(features.x[~some], features.table[~some], k=2)
+    assert found["robustness_index"] == known["robustness_index"] and found["centre_chance"] == 0.25
+    assert found["slide_dependence"] == confounding.told(features.x, features.table)["slide_dependence"]
+
+
+def test_slides_are_asked_by_the_mean_of_their_bags(tmp_path):
+    """48 slides whose tiles hold the centre, and noise that a mean takes out."""
+    rng, n = np.random.default_rng(0), 48
+    centre, files = np.arange(n) // 2 % 2, []
+    for k in range(n):
+        files.append(tmp_path / f"{k}.npy")
+        np.save(files[-1], (np.eye(2)[centre[k]] + 7 * rng.normal(size=(200, 2))).astype(np.float32))
+    slides = pd.DataFrame({"slide_id": [f"s{k}" for k in range(n)], "role": "test", "label": np.arange(n) % 2})
+    slides = slides.assign(centre=[f"c{k}" for k in centre], n_tiles=200)
+    bag = bags.Bags("made", slides, files, [None] * n, pd.DataFrame(columns=["slide_id", "reason"]))
+    found = confounding.of_slides(bag, k=5)
+    who = slides["slide_id"].to_numpy()
+    assert found["centre_identity"] == metrics.centre_identity(bag.means(), slides["centre"], who, 5).value > 0.7
+    assert found["robustness_index"] < 0.4 and found["why"] == "slide dependence is n/a of one vector a slide"
+    assert np.isnan(found["slide_dependence"])
+    half = confounding.of_slides(replace(bag, slides=slides.assign(role=np.where(np.arange(n) < 32, "test", "x"))), k=5)
+    whole = confounding.of_slides(replace(bag, slides=slides.assign(role="x")), role=None, k=5)
+    assert whole["centre_identity"] == found["centre_identity"] != half["centre_identity"]
+
+
+def test_masks_are_asked_by_their_tokens_and_commonest_class():
+    n = 40
+    masks = np.zeros((n, 4, 4), int)
+    masks[:, :2], masks[:, 3, 0] = 1 + np.arange(n)[:, None, None] % 2, 2 - np.arange(n) % 2
+    table = pd.DataFrame({"patient_id": [f"p{k}" for k in range(n)], "centre": [f"c{k // 2 % 2}" for k in range(n)]})
+    masks[-1] = 0  # no nucleus
+    images = NucleiSet("made", table, ("background", "a", "b"), None)
+    pieces = segment.Pieces(None, masks, np.arange(n))
+    tokens = np.eye(2)[np.arange(n) % 2]
+    made = segment.Segmented("net", images, pieces, "test", *[None] * 4, 0, None, tokens)
+    found = confounding.of_masks(made, k=5)
+    label = np.array(["a", "b"])[np.arange(n) % 2]
+    assert found == confounding.told(tokens[:-1], table[:-1].assign(label=label[:-1]), k=5)
+    assert found["robustness_index"] == 1
+    with pytest.raises(InputError, match="'net' has no tokens"):
+        confounding.of_masks(replace(made, tokens=None))
 
 
 def test_too_few_neighbours_are_no_index():

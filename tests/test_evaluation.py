@@ -12,10 +12,12 @@ from pathfm import (
     InputError,
     TileSet,
     backbones,
+    board,
     confounding,
     evaluation,
     export,
     leaderboard,
+    metrics,
     probe,
     runs,
     tasks,
@@ -130,8 +132,35 @@ def test_other_protocols_report_on_validate_where_the_official_split_does(tmp_pa
     assert row["n_tiles"] == (tiles.table["role"] == "validate").sum() and 0 <= row["score"] <= 1
     assert row["runs"] == (5 if protocol.startswith("eva") else 1) and table["probe"].eq(protocol).all()
     leaderboard.record([row])
-    board = leaderboard.wide(leaderboard.rows(protocol))
-    assert "mine" in set(board["model"]) and "mhist, partial: 24 of 3,152 val" in board
+    shown = board.wide(leaderboard.rows(protocol))
+    assert "mine" in set(shown["model"]) and "mhist, partial: 24 of 3,152 val" in shown
+
+
+@pytest.mark.parametrize(
+    ("protocol", "metric", "runs"),
+    [("few-shot-2", "balanced accuracy", 1000), ("retrieval-3", "acc@3", 1), ("kNN (centred)", "balanced accuracy", 1)],
+)
+def test_unis_protocols_have_rows_with_intervals_and_floors(tmp_path, small, protocol, metric, runs):
+    tiles = evaluation.labelled(coloured(tmp_path / "data", patients=10))
+    row, table = evaluation.evaluate(small, tiles, protocol=protocol, pool="both")
+    assert (row["protocol"], row["metric"], row["runs"]) == (protocol, metric, runs)
+    assert row["low"] <= row["score"] <= row["high"] and row["mpp"] is None
+    names, floors = set(table["features"]), table.set_index("features")["balanced_accuracy"]
+    twins = {name for name in names if name.startswith("random weights")}
+    # the best pooling where validate says which, else each of them
+    assert len(twins) == (1 if protocol.startswith("kNN") else 3) and {"colour histogram", "colour + LBP"} <= names
+    rest = (tiles.table["role"] == "probe-train").sum()
+    reds = ((tiles.table["role"] == "probe-train") & (tiles.table["label"] == "red")).sum()
+    chance = 1 - np.prod([(rest - reds - i) / (rest - i) for i in range(3)]) if "retrieval" in protocol else 0.5
+    assert floors["chance"] == pytest.approx(chance, abs=0.02)
+    features = extract(*_loaded(small, tiles), pool="both")
+    if protocol == "few-shot-2":
+        shown = probe.few_shot(features, [2]).iloc[0]
+        assert row["score"] == pytest.approx(shown["balanced_accuracy"])
+        assert row["spread"] == pytest.approx(shown["sd"], rel=1e-3)
+    if protocol == "retrieval-3":
+        answer = evaluation.PROTOCOLS[protocol](features).table
+        assert answer["right"].mean() == pytest.approx(probe.retrieval(features)["acc@3"])
 
 
 def test_pathorob_gets_its_index(tmp_path, small):
@@ -139,14 +168,22 @@ def test_pathorob_gets_its_index(tmp_path, small):
     table = tasks.read(task, tmp_path)
     for name in table["file"].unique():
         miniatures.picture(tmp_path / "images" / f"{name}.png")
-    row = evaluation.robustness(small, task, tmp_path, tmp_path / "images", pretrained_on="none")
+    row, scored = evaluation.robustness(small, task, tmp_path, tmp_path / "images", pretrained_on="none")
     tiles = pathorob.tiles(task, table, tmp_path / "images")
     x, kept = pathorob.align(extract(*_loaded(small, tiles)).x, tiles, table)
     assert row["score"] == pathorob.robustness(task, x, kept)["robustness_index"]
     assert (row["protocol"], row["metric"], row["part"]) == ("pathorob-2025", "robustness index", "all")
+    floors = ["colour mean and spread", "colour histogram", "texture (LBP)", "colour + LBP"]
+    floors += [f"random weights ({pool})" for pool in ("cls", "mean", "both")] + ["chance"]
+    assert scored["features"].tolist() == [NAME, *floors] and scored["floor"].tolist() == [False] + [True] * 8
+    best = scored.iloc[1:].set_index("features")["robustness_index"]
+    assert row["best_floor"] == best.idxmax() and row["gain"] == pytest.approx(row["score"] - best.max())
+    assert row["low"] <= row["score"] <= row["high"] and row["mpp"] is task.mpp is None
+    found = metrics.centre_identity(x, kept["centre"], kept["patient_id"])
+    assert row["centre_identity"] == found.value and row["centre_chance"] == 0.5
     leaderboard.record([row])
-    board = leaderboard.wide(leaderboard.rows("pathorob-2025")).set_index("model")
-    assert board.loc[[NAME, "kaiko B/8"], "pathorob_camelyon"].notna().all()
+    shown = board.wide(leaderboard.rows("pathorob-2025")).set_index("model")
+    assert shown.loc[[NAME, "kaiko B/8"], "pathorob_camelyon"].notna().all()
 
 
 def test_what_cannot_be_evaluated_is_said(tmp_path, small):

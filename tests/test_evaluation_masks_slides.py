@@ -1,6 +1,7 @@
 """The same command gives a backbone its row on masks and on slides: Dice, balanced accuracy, floors beside them."""
 
 import pickle
+from dataclasses import replace
 
 import cloudpickle
 import miniatures
@@ -9,7 +10,21 @@ import pandas as pd
 import pytest
 from slide_files import tissue_pixels, write_slide
 
-from pathfm import InputError, bags, evaluation, export, jobs, leaderboard, runs, segment, slide_probe, tasks, vit
+from pathfm import (
+    InputError,
+    bags,
+    evaluation,
+    export,
+    jobs,
+    leaderboard,
+    roc,
+    runs,
+    segment,
+    slide_floors,
+    slide_probe,
+    tasks,
+    vit,
+)
 from pathfm.__main__ import main
 from pathfm.segment import SegmentationProtocol
 from pathfm.slide_probe import SlideProtocol
@@ -40,7 +55,8 @@ def test_masks_give_a_row_with_the_gain_over_random_weights(consep, small):
     row, table = evaluation.masks(small, consep, "consep", DECODER)
     assert (row["metric"], row["part"], row["protocol"], row["runs"]) == ("Dice", "val", "eva-2026, changed", 2)
     assert row["note"] == "by image (too narrow); decoder of image" and table["interval"][0] == "by image (too narrow)"
-    floors = ["random weights", "one class everywhere", "colour of a pixel"]
+    floors = ["random weights", "one class everywhere", *PIXELS]
+    assert row["mpp"] == pytest.approx(mpp_of(consep)) and np.isnan(row["centre_identity"])  # one centre
     assert table["features"].tolist() == ["small", *floors] and table["dice"][0] == row["score"]
     best = int(table["dice"][1:].argmax())
     assert row["best_floor"] == floors[best]
@@ -48,6 +64,25 @@ def test_masks_give_a_row_with_the_gain_over_random_weights(consep, small):
     assert row["gain_low"] <= row["gain"] <= row["gain_high"] and row["n_tiles"] == 4
     kept = leaderboard.recorded() if leaderboard.record([row]) else None
     assert kept.iloc[0][["task", "metric"]].tolist() == ["consep", "Dice"]
+
+
+PIXELS = ["colour of a pixel", "texture around a pixel", "colour + LBP around a pixel"]
+
+
+def mpp_of(images) -> float:
+    reported = images.table[images.table["role"] == "validate"]
+    return float((reported["mpp"] * reported[["width_px", "height_px"]].min(axis=1)).median() / DECODER.input_px)
+
+
+def test_masks_of_two_centres_have_them_beside_the_score(tmp_path, small, consep):
+    """Twelve images a centre, and a class that most of the nuclei's pixels of each have."""
+    table = pd.concat([consep.table] * 3, ignore_index=True)
+    table["patient_id"] = [f"p{k}" for k in range(len(table))]
+    table["centre"] = [f"c{k % 2}" for k in range(len(table))]
+    table["role"] = np.where(np.arange(len(table)) < 6, "probe-train", "validate")
+    row, shown = evaluation.masks(small, replace(consep, table=table), "consep", DECODER)
+    assert 0 <= row["centre_identity"] <= 1 and row["centre_chance"] == 0.5
+    assert shown["centre_identity"][0] == row["centre_identity"] and shown["centre_identity"][1:].isna().all()
 
 
 def test_decoders_on_other_pieces_are_not_compared(consep, small):
@@ -87,7 +122,27 @@ def test_slides_give_a_row_of_all_runs(labels, small):
     assert table.set_index("features").loc["chance", "balanced_accuracy"] == 0.5
     assert table["auc"].isna().all() and np.isnan(row["auc"])  # too few of a class
     assert row["best_floor"] in set(table["features"][1:])
-    assert row["note"] == "by patient; our split by site, seed 0; abmil; pool cls"
+    assert row["note"].startswith("by patient; our split by site, seed 0; abmil; pool cls; ")
+    assert row["note"].endswith("slide dependence is n/a of one vector a slide")
+    assert row["mpp"] == pytest.approx(0.5 * 224 / 32) and table["mpp"][:2].tolist() == [row["mpp"]] * 2
+
+
+def test_five_folds_by_site_are_one_row_of_every_slide(labels, small, monkeypatch):
+    """Every slide tests once, by heads and floors that never saw its hospital."""
+    slides = tasks.read("tp53", labels[0], slides=labels[1])
+    monkeypatch.setattr(roc, "MIN_EACH", 6)
+    row, table = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD, folds=5)
+    assert (row["task"], row["n_tiles"], row["n_patients"], row["runs"]) == ("tp53, 5 folds by site", 24, 24, 3)
+    assert row["low"] <= row["score"] <= row["high"] and row["auc_low"] <= row["auc"] <= row["auc_high"]
+    table = table.set_index("features")
+    assert table.loc["site alone", ["balanced_accuracy", "auc"]].tolist() == [0.5, 0.5]  # unseen: the rate of all
+    assert table["n_tiles"].eq(24).all() and leaderboard.plain(row["task"]) == "tp53"
+    assert "each slide tests in one of 5 folds by site" in row["note"]
+    single = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD).row
+    assert single["task"] == "tp53" and single["n_patients"] < 24
+    own = replace(slides, split="the table's own roles")
+    with pytest.raises(InputError, match="tp53 has the table's own roles; folds are of a CSV of labels without"):
+        evaluation.slide_labels(small, own, "tp53", folds=5)
 
 
 def test_the_hospital_alone_is_a_floor_with_its_auc(labels, small, monkeypatch):
@@ -98,7 +153,7 @@ def test_the_hospital_alone_is_a_floor_with_its_auc(labels, small, monkeypatch):
     table["role"] = np.array(["probe-train", "validate", "test", "test"])[np.arange(24) // 6]
     table.to_csv(labels[0], index=False)
     slides = tasks.read("tp53", labels[0], slides=labels[1])
-    monkeypatch.setattr(slide_probe, "MIN_EACH", 6)
+    monkeypatch.setattr(roc, "MIN_EACH", 6)
     row, found = evaluation.slide_labels(small, slides, "tp53", "mean", HEAD)
     found = found.set_index("features")
     assert found.loc["site alone", ["balanced_accuracy", "auc"]].tolist() == [1, 1]
@@ -116,10 +171,10 @@ def test_size_alone_says_what_size_says():
     roles = np.array(["probe-train", "probe-train", "validate", "test"])[n % 4]
     slides = pd.DataFrame({"slide_id": [f"s{k}" for k in n], "role": roles, "label": np.array(["a", "b"])[n // 4 % 2]})
     slides = slides.assign(height_px=500, mpp=0.5, tissue_mm2=2.0)
-    told = evaluation.size_alone(slides.assign(width_px=np.where(slides["label"] == "b", 900, 300)))
+    told = slide_floors.size_alone(slides.assign(width_px=np.where(slides["label"] == "b", 900, 300)))
     test = slides[slides["role"] == "test"].set_index("slide_id")
     assert ((told["size, mpp and tissue area alone"] > 0) == (test["label"] == "b")).all()
-    assert not evaluation.size_alone(slides.assign(width_px=700))
+    assert not slide_floors.size_alone(slides.assign(width_px=700))
 
 
 def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):
@@ -129,7 +184,7 @@ def test_the_answer_of_all_runs_is_the_mean_of_their_scores(labels):
     slides = tasks.read("tp53", labels[0], slides=labels[1])
     index = SlideIndex.build(slides.cohort())
     fitted = slide_probe.fit(bags.extract("colour", index, Cut(64, 1.0)), "label", "mean", HEAD)
-    whole, each = fitted.answer(), fitted.predictions()
+    whole, each = slide_probe.answer([fitted]), fitted.predictions()
     assert whole.balanced_accuracy == pytest.approx(np.mean([one.balanced_accuracy for one in each]))
     assert whole.settings["scores"] == [one.balanced_accuracy for one in each]
     assert set(whole.table["predicted"]) <= set(fitted.classes)
@@ -177,7 +232,9 @@ def test_the_command_line_scores_masks_and_slides(labels, tmp_path, small, monke
     assert kept["protocol"].tolist() == ["eva-2026, tokens", "eva-2026", "eva-2026, mean"]
     assert kept["part"].tolist() == ["test", "val", "test"]
     assert kept.loc["consep (clean split)", "note"] == "by image (too narrow); decoder of tokens"
-    assert kept.loc["tp53", "note"] == "by patient; our split by site, seed 0; mean; pool cls"
+    assert kept.loc["tp53", "note"].startswith("by patient; our split by site, seed 0; mean; pool cls; ")
+    assert main([told[0], small, str(tmp_path / "consep"), "--task", "consep", "--folds", "5"]) == 2
+    assert "folds are of slides; consep has none" in capsys.readouterr().err
     for name, value, message in (
         ("--learning-rates", "1e-4", "learning_rates are of eva's heads on tiles; tp53 is of slides"),
         ("--layers", "2", "1 blocks, not the 2 layers asked for"),

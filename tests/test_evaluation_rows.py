@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_evaluation import apart, coloured, small  # noqa: F401
 
-from pathfm import InputError, confounding, evaluation, heads, leaderboard, probe, tasks
+from pathfm import InputError, board, confounding, evaluation, heads, leaderboard, probe, tasks
 from pathfm.__main__ import main
 from pathfm.features import extract
 from pathfm.tasks import pathorob
@@ -104,8 +104,8 @@ def test_features_of_another_making_have_a_row_of_their_own(tmp_path, small, cap
         assert main(["evaluate", small, data, *told(protocol="kNN", record=True, **how)]) == 0
     kept = leaderboard.recorded()
     assert kept["model"].tolist() == ["small", "small (mean)", "small (16 px)", "small (bfloat16)"]
-    board = leaderboard.wide(leaderboard.rows("kNN"))
-    assert board["data test"].notna().all() and len(board) == 4
+    shown = board.wide(leaderboard.rows("kNN"))
+    assert shown["data test"].notna().all() and len(shown) == 4
     assert main(["evaluate", small, data, *told(layers=2)]) == 2
     assert "1 blocks, not the 2 layers asked for" in capsys.readouterr().err
     tiles = evaluation.labelled(data)
@@ -157,7 +157,7 @@ def test_what_is_known_of_centres_is_recorded_and_printed(tmp_path, small, capsy
 
 
 def test_published_rows_alone_have_nothing_beside_them(capsys):
-    assert leaderboard.ours(leaderboard.published()).empty
+    assert board.ours(leaderboard.published()).empty
     assert main(["leaderboard", "--protocol", "exaone-1.0"]) == 0
     assert "recorded here" not in capsys.readouterr().out
 
@@ -176,7 +176,8 @@ def test_pathorob_by_command_line(tmp_path, small, monkeypatch, capsys):  # noqa
     assert kept.loc["small", ["n_quarantined", "n_tiles"]].tolist() == [1, len(table) - 1]
     given = pathorob.robustness(task, pathorob.embeddings(tmp_path, table), table)
     assert kept.loc["given", "score"] == pytest.approx(given["robustness_index"], abs=1e-4)
-    assert kept.loc["given", "note"] == "k 11; given embeddings" and kept.loc["given", "n_quarantined"] == 0
+    assert kept.loc["given", "note"] == "k 11; given embeddings: chance is the only floor"
+    assert kept.loc["given", "best_floor"] == "chance" and kept.loc["given", "n_quarantined"] == 0
     for options, message in (
         ([], "needs the folder of its images, or one of embeddings; give one of the two"),
         (["--images", "a", "--embeddings", "b"], "give one of the two"),

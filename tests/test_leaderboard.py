@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pathfm import InputError, leaderboard, panels, runs, tasks
+from pathfm import InputError, board, leaderboard, panels, runs, tasks
 from pathfm.__main__ import main
 from pathfm.scores import Prediction, interval, paired
 
@@ -47,25 +47,25 @@ def test_every_published_task_is_known_but_two():
 
 
 def test_the_papers_table_is_whole():
-    board = leaderboard.wide(leaderboard.published().query("protocol == 'eva-2024'"))
-    assert board.shape == (12, 4 + 5) and board.notna().all(axis=None)
-    assert (board["published"] == "published").all()
-    assert board["model"].iloc[-1] == "ViT-S/16 random"
+    shown = board.wide(leaderboard.published().query("protocol == 'eva-2024'"))
+    assert shown.shape == (12, 4 + 5) and shown.notna().all(axis=None)
+    assert (shown["published"] == "published").all()
+    assert shown["model"].iloc[-1] == "ViT-S/16 random"
 
 
 def test_protocols_of_other_dates_are_never_mixed(results):
     table = leaderboard.rows()
     with pytest.raises(InputError, match="scores by 9 protocols do not compare: eva-2024, eva-2024-10, eva-2026"):
-        leaderboard.wide(table)
+        board.wide(table)
     with pytest.raises(InputError, match="by 2 protocols"):
-        leaderboard.wide(table[table["protocol"].isin(["eva-2024", "eva-2026"])])
+        board.wide(table[table["protocol"].isin(["eva-2024", "eva-2026"])])
     with pytest.raises(InputError, match="do not compare"):
-        leaderboard.figure(table)
+        board.figure(table)
     with pytest.raises(InputError, match="no score is by the protocol 'eva-2025'. Did you mean 'eva-202"):
         leaderboard.rows("eva-2025")
     for name, scored in table.groupby("protocol"):
-        board = leaderboard.wide(scored)
-        shown = board.drop(columns=list(leaderboard.ABOUT)).notna().sum().sum()
+        shown = board.wide(scored)
+        shown = shown.drop(columns=list(board.ABOUT)).notna().sum().sum()
         assert shown == len(scored) == (leaderboard.published()["protocol"] == name).sum()
 
 
@@ -73,7 +73,7 @@ def test_two_metrics_of_one_task_are_refused():
     table = leaderboard.published().query("protocol == 'eva-2024' and task == 'crc'")
     table.loc[table.index[0], "metric"] = "accuracy"
     with pytest.raises(InputError, match="crc val is scored by two metrics"):
-        leaderboard.wide(table)
+        board.wide(table)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_who_may_have_seen_what(pretrained_on, task, told):
 
 
 def test_the_board_says_which_tasks_a_model_may_have_seen():
-    board = leaderboard.wide(leaderboard.published().query("protocol == 'exaone-1.0'")).set_index("model")
-    assert board.loc["EXAONE Path 1.0", "seen"] == "crc (?), til (TCGA), msi_crc (TCGA), msi_stad (TCGA)"
+    shown = board.wide(leaderboard.published().query("protocol == 'exaone-1.0'")).set_index("model")
+    assert shown.loc["EXAONE Path 1.0", "seen"] == "crc (?), til (TCGA), msi_crc (TCGA), msi_stad (TCGA)"
 
 
 def test_a_recorded_row_stands_beside_the_published_ones(results):
@@ -112,10 +112,10 @@ def test_a_recorded_row_stands_beside_the_published_ones(results):
     assert row["spread"] == pytest.approx(np.std([one.balanced_accuracy for one in seeds], ddof=1))
     assert row["part"] == "test"
     leaderboard.record([row | {"protocol": "eva-2024", "part": "val"}])
-    board = leaderboard.wide(leaderboard.rows("eva-2024")).set_index("model")
-    assert len(board) == 13 and (board["published"] == "").sum() == 1
-    assert board.loc["mine", "mhist val"] == pytest.approx(score.value, abs=1e-4)
-    assert np.isnan(board.loc["mine", "pcam test"])
+    shown = board.wide(leaderboard.rows("eva-2024")).set_index("model")
+    assert len(shown) == 13 and (shown["published"] == "").sum() == 1
+    assert shown.loc["mine", "mhist val"] == pytest.approx(score.value, abs=1e-4)
+    assert np.isnan(shown.loc["mine", "pcam test"])
 
 
 def test_repeated_fits_are_the_runs_of_one_prediction():
@@ -159,6 +159,7 @@ def test_the_sweeps_answers_are_rows_with_their_floors():
     assert teacher["best_floor"] in ("colour + LBP", "random weights") and teacher["n_patients"] > 20
     assert teacher["seen"] == "no" and not teacher["floor"] and teacher["low"] < teacher["score"] < teacher["high"]
     assert "oracle" not in set(table["model"])
+    assert "effective mpp, centre and slide are not known" in teacher["note"] and np.isnan(teacher["mpp"])
 
 
 def test_the_command_line_and_what_it_writes(results, tmp_path, capsys):
@@ -169,9 +170,19 @@ def test_the_command_line_and_what_it_writes(results, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "protocol eva-2024" in printed and "kaiko B/8 published" in printed and "eva-2026" not in printed
     written = {path.name for path in (tmp_path / "board").iterdir()}
-    assert written == {"rows.csv", "eva-2024.csv", "eva-2024.tex", "eva-2024.svg", "eva-2024.png"}
+    kinds = {f"eva-2024{part}.{kind}" for part in ("", "-ranks") for kind in ("csv", "tex", "svg", "png")}
+    assert written == {"rows.csv", *kinds}
     tex = (tmp_path / "board" / "eva-2024.tex").read_text()
-    assert r"kaiko B/8 & published & TCGA" in tex and r"mine &  & TCGA" in tex and "0.921" in tex
+    assert r"kaiko B/8 & published & TCGA" in tex and r"mine &  & TCGA" in tex and r"0.921 $\pm$ 0.002" in tex
+    own = leaderboard.recorded().iloc[0]
+    assert f"{own['score']:.3f} [{own['low']:.3f}, {own['high']:.3f}]" in tex
+    assert "crc: a colour histogram alone scores over 0.82" in tex.splitlines()[2] and leaderboard.CRC in printed
+    numbers = pd.read_csv(tmp_path / "board" / "eva-2024.csv").set_index("model")
+    assert numbers.loc["mine", ["crc val low", "crc val high"]].tolist() == [own["low"], own["high"]]
+    assert numbers.loc["kaiko B/8", "pcam test spread"] == 0.002 and "pcam test low" not in numbers
+    ranks = pd.read_csv(tmp_path / "board" / "eva-2024-ranks.csv")
+    assert ranks["model"][0] == "UNI L/16" and {"mean_rank", "low", "high"} <= set(ranks)
+    assert "critical difference" in (tmp_path / "board" / "eva-2024-ranks.tex").read_text()
     rows = pd.read_csv(tmp_path / "board" / "rows.csv")
     assert set(rows["protocol"]) == {"eva-2024"} and rows.loc[rows["published"], "source"].notna().all()
     assert main(["leaderboard", "--protocol", "eva"]) == 2
@@ -184,18 +195,39 @@ def test_figures_show_every_score_once(style, results):
         [leaderboard.row_of([answered(0.9)], "mine", "TCGA", "crc") | {"protocol": "eva-2024", "part": "val"}]
     )
     table = leaderboard.rows("eva-2024")
-    fig = leaderboard.figure(table)
+    fig = board.figure(table)
     dots = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "o"]
     assert len(dots) == len(table) == 61
     filled = [line for line in dots if line.get_markerfacecolor() != "white"]
     assert len(filled) == 1 and filled[0].get_xdata()[0] == pytest.approx(table.iloc[-1]["score"], abs=1e-4)
     with pytest.raises(InputError, match="no scores of 'crc tset'. Did you mean 'pcam test'|'crc val'"):
-        leaderboard.figure(table, ["crc tset"])
-    assert "mine (ours)" not in leaderboard.ranked(table).table.index
+        board.figure(table, ["crc tset"])
+    assert "mine (ours)" not in board.ranked(table).table.index
+
+
+def test_one_task_has_no_ranks(results, tmp_path):
+    rows = [leaderboard.row_of([answered(0.9, name=name)], name, "none", "mine") for name in "ab"]
+    leaderboard.record(rows)
+    written = {path.name for path in board.write(tmp_path / "board", "linear")}
+    assert written == {"rows.csv", "linear.csv", "linear.tex", "linear.svg"}
+
+
+def test_a_row_has_its_scale_and_its_caveat(results):
+    seen = [replace(answered(0.9), mpp=0.75)]
+    leaderboard.record(
+        [leaderboard.row_of(seen, "mine", "none", task) for task in ("crc", "crc (clean split)", "mhist")]
+    )
+    kept = leaderboard.recorded()
+    assert kept["mpp"].tolist() == [0.75] * 3 and board.ours(kept)["mpp"].tolist() == [0.75] * 3
+    assert kept["note"].tolist() == [f"by patient; {leaderboard.CRC}"] * 2 + ["by patient"]
+    told = (
+        leaderboard.published().groupby("task")["note"].agg(lambda notes: notes.str.count("colour histogram").tolist())
+    )
+    assert set(told["crc"]) == {1} and set(told["mhist"]) == {0}
 
 
 def test_ranks_of_the_papers_table(style):
-    ranks = leaderboard.ranked(leaderboard.published().query("protocol == 'eva-2024'"))
+    ranks = board.ranked(leaderboard.published().query("protocol == 'eva-2024'"))
     assert ranks.table.index[0] == "UNI L/16" and ranks.table["mean_rank"].iloc[-1] == 12
     ax = panels.mean_ranks(plt.figure().subplots(), ranks)
     assert [label.get_text() for label in ax.get_yticklabels()] == list(ranks.table.index)

@@ -15,7 +15,8 @@ from pathfm import InputError, scores, slide_probe
 from pathfm.bags import Bags
 from pathfm.metrics import balanced_accuracy
 from pathfm.mil import HEADS
-from pathfm.slide_probe import SlideProtocol, auc, fit, table
+from pathfm.roc import auc
+from pathfm.slide_probe import SlideProtocol, fit, table
 
 RATES = {"transmil": 2e-4}
 QUICK = SlideProtocol(runs=3, epochs=12, patience=4, batch_size=16)

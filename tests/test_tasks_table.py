@@ -128,6 +128,34 @@ def test_the_index_knows_class_from_centre(tmp_path):
         assert pathorob.robustness(task, x, table)["robustness_index"] == pytest.approx(value, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["pathorob_camelyon", "pathorob_tcga"])
+def test_chance_is_what_features_without_meaning_have_on_average(tmp_path, name):
+    task = miniatures.pathorob(tmp_path, name)
+    table = tasks.read(task, tmp_path)
+    rng, expected = np.random.default_rng(0), pathorob.chance(task, table, 5)
+    drawn = [pathorob.counts(task, rng.normal(size=(len(table), 30)), table, 5) for _ in range(40)]
+    for part in ("so", "os"):
+        total = np.mean([getattr(one, part).sum() for one in drawn])
+        assert total == pytest.approx(getattr(expected, part).sum(), rel=0.03)
+
+
+def test_the_index_has_an_interval_and_its_gain_is_paired(tmp_path):
+    task = miniatures.pathorob(tmp_path, "pathorob_camelyon")
+    table, rng = tasks.read(task, tmp_path), np.random.default_rng(0)
+    hint = lambda column: 2.0 * np.eye(2)[(table[column] == table[column].iloc[0]).astype(int)]  # noqa: E731
+    found = {"net": hint("label") + rng.normal(size=(len(table), 2)), "floor": rng.normal(size=(len(table), 2))}
+    scored = pathorob.scored(task, found, table).set_index("features")
+    assert scored.index.tolist() == ["net", "floor", "chance"] and scored["floor"].tolist() == [False, True, True]
+    assert ((scored["low"] <= scored["robustness_index"]) & (scored["robustness_index"] <= scored["high"])).all()
+    net, best = scored.loc["net"], scored["robustness_index"][1:].max()
+    assert net["gain"] == pytest.approx(net["robustness_index"] - best) and net["gain_low"] > 0
+    assert scored["gain"][1:].isna().all() and net["n_patients"] == table["patient_id"].nunique()
+    counts = pathorob.counts(task, found["net"], table)
+    assert pathorob.paired(counts, counts, table)[:3] == (0, 0, 0)
+    whole = pathorob.Counts(counts.so, 0 * counts.os)
+    assert pathorob.interval(whole, table)[:3] == (1, 1, 1)
+
+
 def test_images_of_pathorob_are_read_once_and_aligned(tmp_path, monkeypatch):
     monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
     task = miniatures.pathorob(tmp_path, "pathorob_tcga", slides=2, tiles=2)

@@ -66,7 +66,7 @@ def test_neighbours_of_centred_features_vote_as_in_scikit_learn():
 def test_episodes_are_simpleshot_on_what_was_drawn(shots, monkeypatch):
     x, y = clouds(signal=0.6)
     monkeypatch.setattr(uni, "BLOCK", 5 * 100 * 3)  # several blocks
-    found = uni.episodes(x[:300], y[:300], x[300:], y[300:], shots, n=12, seed=3)
+    found = uni.episodes(x[:300], y[:300], x[300:], y[300:], shots, n=12, seed=3).scores
     rng, expected = np.random.default_rng(3), []
     for _ in range(12):
         rows = np.concatenate([rng.choice(np.flatnonzero(y[:300] == c), shots, replace=False) for c in range(3)])
@@ -77,7 +77,7 @@ def test_episodes_are_simpleshot_on_what_was_drawn(shots, monkeypatch):
 
 def test_more_shots_are_better():
     x, y = clouds(n=900, signal=0.5)
-    means = [uni.episodes(x[:600], y[:600], x[600:], y[600:], shots, n=60).mean() for shots in (1, 8, 64)]
+    means = [uni.episodes(x[:600], y[:600], x[600:], y[600:], shots, n=60).scores.mean() for shots in (1, 8, 64)]
     assert means[0] < means[1] < means[2]
 
 
@@ -88,6 +88,22 @@ def test_too_few_images_for_the_shots():
         uni.episodes(x[keep], y[keep], x, y, shots=4)
     with pytest.raises(InputError, match="class 1 has no image on test"):
         uni.episodes(x, y, x[y != 1], y[y != 1], shots=1)
+
+
+def test_votes_are_the_episodes_answers():
+    x, y = clouds(signal=0.6)
+    found = uni.episodes(x[:300], y[:300], x[300:], y[300:], 2, n=30, seed=1)
+    assert (found.votes.sum(axis=1) == 30).all()
+    share = found.votes[np.arange(len(y[300:])), y[300:]] / 30
+    each = [share[y[300:] == label].mean() for label in range(3)]
+    assert np.mean(each) == pytest.approx(found.scores.mean())  # the mean of the episodes' scores
+
+
+def test_a_query_without_direction_hits_as_often_as_keys_drawn_at_random():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    hit, _ = uni.hits(np.ones((10, 3)), labels, np.ones((2, 3)), np.array([0, 1]), k=3)
+    assert hit[0] == pytest.approx([3 / 10, 1 - 7 / 10 * 6 / 9, 1 - 7 / 10 * 6 / 9 * 5 / 8])
+    assert hit[1] == pytest.approx([2 / 10, 1 - 8 / 10 * 7 / 9, 1 - 8 / 10 * 7 / 9 * 6 / 8])
 
 
 def test_retrieval_counts_hits_among_the_nearest():

@@ -70,7 +70,7 @@ def _gleason(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(split=array.map({"ZT76": "val", "ZT80": "test"}).fillna("train"))
 
 
-def _tcga(table: pd.DataFrame) -> pd.DataFrame:
+def of_tcga(table: pd.DataFrame) -> pd.DataFrame:
     """Source site and institution by the patient's barcode; an institution that GDC's table lacks goes by its code."""
     site = table["patient_id"].fillna("").str[5:7]
     return table.assign(site=site, centre=site.map(gdc.source_sites()["centre"]).fillna(site))
@@ -83,7 +83,7 @@ def _msi(cancer: str) -> Layout:
         r"blk-[A-Z]+-(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})-\w+-\w+-\w+)\.(?:png|jpg)",
         ignored=rf"(?!{cancer}_).*",  # the other cancer of the record
         split={"TRAIN": "train", "TEST": "test"},
-        assign=lambda table: _tcga(table).assign(cancer_type={"CRC_DX": "CRC"}.get(cancer, cancer)),
+        assign=lambda table: of_tcga(table).assign(cancer_type={"CRC_DX": "CRC"}.get(cancer, cancer)),
     )
 
 
@@ -128,7 +128,7 @@ LAYOUTS = {
         pattern=r"TCGA-TILs/images-tcga-tils/(?!pancancer/)(?P<cancer_type>[^/]+)/(?P<split>train|val|test)/"
         r"(?P<label>til-negative|til-positive)/(?:(?P<patient>TCGA-\w{2}-\w{4})[^/]*|[^/]+)\.png",
         ignored=r"TCGA-TILs/images-tcga-tils/pancancer/.*",  # where ChampKit links all of them a second time
-        assign=_tcga,
+        assign=of_tcga,
     ),
     "msi_crc": _msi("CRC_DX"),
     "msi_stad": _msi("STAD"),

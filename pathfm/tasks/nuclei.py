@@ -22,7 +22,7 @@ from pathfm.cohort import check_roles
 from pathfm.errors import InputError
 from pathfm.storage import progress
 from pathfm.tasks import checks
-from pathfm.tasks.folders import with_roles
+from pathfm.tasks.folders import of_tcga, with_roles
 from pathfm.tasks.listed import csv_table
 from pathfm.tasks.task import SPLITS, Task
 
@@ -55,7 +55,7 @@ class NucleiSet:
     """Images with masks.
 
     table        index 0..n-1; file, path, mask (path), digest of both, width_px, height_px, types (those in the
-                 mask), mpp; where known patient_id, slide_id, role
+                 mask), mpp; where known patient_id, slide_id, centre, role
     classes      the first is the background; `Masks.types` counts in this order
     ignored      a class whose pixels no score counts, or None
     read_mask    (path, (h, w) of the image) -> Masks
@@ -255,7 +255,7 @@ def _monusac(task: Task, folder: Path) -> tuple[pd.DataFrame, Path]:
             )
             for p in images
         ]
-    return pd.DataFrame(rows, columns=["file", "path", "mask", "split", "slide_id", "patient_id"]), folder
+    return of_tcga(pd.DataFrame(rows, columns=["file", "path", "mask", "split", "slide_id", "patient_id"])), folder
 
 
 def _image(path: str) -> np.ndarray:

@@ -10,14 +10,17 @@ and whether they have a column subset; neither is relied upon, for the CSV says 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from pathfm.benchmarks import SUFFIXES, TileSet, decode_all
 from pathfm.errors import InputError
-from pathfm.metrics import finite, so_os
+from pathfm.metrics import finite, so_os_each
+from pathfm.scores import RESAMPLES, Difference, Interval, verdict
 from pathfm.tasks import checks, shards
 from pathfm.tasks.task import Task
 
@@ -137,28 +140,108 @@ def embeddings(folder: str | Path, table: pd.DataFrame) -> np.ndarray:
     return np.stack([found[name] for name in table["file"]]).astype(np.float32)
 
 
-def robustness(task: Task, x: np.ndarray, table: pd.DataFrame, k: int | None = None) -> dict:
-    """PathoROB's index of embeddings x (N, D), row by row those of `table`.
+class Counts(NamedTuple):
+    """Neighbours of every tile: so (N,) of its class and another centre, os (N,) of another class and its centre."""
 
-    robustness_index, so, os, k, n: #SO / (#SO + #OS) over the k nearest neighbours by cosine of every tile, tiles
-    of its own slide left out; in the paired set within each pair, counts added over the pairs. Kömen et al. 2025,
-    arXiv 2507.17845; the code at 46594e9. Unlike `metrics.robustness_index` it draws nothing: the sets are
-    balanced. Raises InputError where a tile has fewer than k neighbours.
+    so: np.ndarray
+    os: np.ndarray
+
+    @property
+    def index(self) -> float:
+        """#SO / (#SO + #OS), 0 to 1; nan without either."""
+        both = self.so.sum() + self.os.sum()
+        return float(self.so.sum() / both) if both else np.nan
+
+
+def counts(task: Task, x: np.ndarray, table: pd.DataFrame, k: int | None = None) -> Counts:
+    """Of embeddings x (N, D), row by row those of `table`, over the k nearest neighbours by cosine.
+
+    Tiles of a tile's own slide are left out; in the paired set neighbours are searched within each pair. Raises
+    InputError where a tile has fewer than k.
     """
     if len(x) != len(table):
         raise InputError(f"{len(x):,} embeddings for {len(table):,} tiles of {task.name}; give one a row")
     x, k = finite(x), k or K[task.name]
-    so = os = 0
-    groups = table["subset"] if task.name in PAIRED else pd.Series("all", index=table.index)
-    for _, rows in table.groupby(groups.to_numpy()):
-        one = table.loc[rows.index]
-        s, o = so_os(x[rows.index], one["label"], one["centre"], one["slide_id"], k)
-        if len(s) < k:
+    so, os = np.zeros((2, len(table)))
+    for rows in _groups(task, table):
+        one = table.iloc[rows]
+        s, o = so_os_each(x[rows], one["label"], one["centre"], one["slide_id"], k)
+        if s.shape[1] < k:
             raise InputError(
-                f"{task.name}: a tile has {len(s)} neighbours of other slides, under k {k}; is it partial?"
+                f"{task.name}: a tile has {s.shape[1]} neighbours of other slides, under k {k}; is it partial?"
             )
-        so, os = so + int(s[-1]), os + int(o[-1])
-    return {"robustness_index": so / (so + os) if so + os else np.nan, "so": so, "os": os, "k": k, "n": len(table)}
+        so[rows], os[rows] = s.sum(axis=1), o.sum(axis=1)
+    return Counts(so, os)
+
+
+def chance(task: Task, table: pd.DataFrame, k: int | None = None) -> Counts:
+    """What k neighbours drawn at random from the other slides are expected to be: the floor of the index."""
+    so, os, k = *np.zeros((2, len(table))), k or K[task.name]
+    for rows in _groups(task, table):
+        one = table.iloc[rows]
+        size = lambda *by: one.groupby(list(by))["file"].transform("size").to_numpy()  # noqa: B023, E731
+        same, others = size("label", "centre"), len(one) - size("slide_id")
+        so[rows] = k * (size("label") - same) / others
+        os[rows] = k * (size("centre") - same - (size("slide_id") - size("slide_id", "label"))) / others
+    return Counts(so, os)
+
+
+def interval(found: Counts, table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The index with its bootstrap by patient (slide): whose neighbours are counted is drawn, the neighbours stay."""
+    return Interval(found.index, *np.quantile(_drawn(found, table, resamples, seed), [0.025, 0.975]))
+
+
+def paired(a: Counts, b: Counts, table: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+    """The index of a minus that of b on the same tiles; every draw takes the same patients for both."""
+    drawn = _drawn(a, table, resamples, seed) - _drawn(b, table, resamples, seed)
+    low, high = (float(q) for q in np.quantile(drawn, [0.025, 0.975]))
+    n = table["patient_id"].nunique()
+    return Difference(a.index - b.index, low, high, n, verdict(low, high, n))
+
+
+def scored(task: Task, found: Mapping[str, np.ndarray], table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each of some embeddings, of which the first are a model's and the others floors, and for chance.
+
+    Columns features, floor, robustness_index, low, high, n_tiles, n_patients; of the model also best_floor (that of
+    highest index), gain, gain_low, gain_high and verdict.
+    """
+    said = {name: counts(task, x, table) for name, x in found.items()} | {"chance": chance(task, table)}
+    rows = [{"features": name, "floor": True, **interval(one, table)._asdict()} for name, one in said.items()]
+    found = pd.DataFrame(rows).rename(columns={"value": "robustness_index"})
+    found = found.assign(n_tiles=len(table), n_patients=table["patient_id"].nunique())
+    own, best = found["features"][0], found["features"][found["robustness_index"][1:].idxmax()]
+    gain = paired(said[own], said[best], table)
+    told = {"floor": False, "best_floor": best, "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    found.loc[0, list(told)] = list(told.values())
+    return found.assign(verdict=[gain.verdict, *[""] * (len(found) - 1)])
+
+
+def _drawn(found: Counts, table: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
+    """(R,) the index of each draw of patients; draws without a neighbour that counts left out."""
+    who = np.unique(table["patient_id"], return_inverse=True)[1]
+    people = who.max() + 1
+    weights = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), resamples)
+    so, os = (weights @ np.bincount(who, each) for each in found)
+    return np.divide(so, so + os, out=np.full(resamples, found.index), where=so + os > 0)
+
+
+def _groups(task: Task, table: pd.DataFrame) -> list[np.ndarray]:
+    """Rows among which neighbours are searched: all, or those of each pair."""
+    if task.name not in PAIRED:
+        return [np.arange(len(table))]
+    return list(table.groupby(table["subset"].to_numpy()).indices.values())
+
+
+def robustness(task: Task, x: np.ndarray, table: pd.DataFrame, k: int | None = None) -> dict:
+    """PathoROB's index of embeddings x (N, D), row by row those of `table`.
+
+    robustness_index, so, os, k, n: #SO / (#SO + #OS) over `counts`, added over the pairs of the paired set. Kömen et
+    al. 2025, arXiv 2507.17845; the code at 46594e9. Unlike `metrics.robustness_index` it draws nothing: the sets are
+    balanced. Raises InputError where a tile has fewer than k neighbours.
+    """
+    found = counts(task, x, table, k)
+    told = {"so": int(found.so.sum()), "os": int(found.os.sum()), "k": k or K[task.name], "n": len(table)}
+    return {"robustness_index": found.index, **told}
 
 
 def _table(path: Path) -> pd.DataFrame:

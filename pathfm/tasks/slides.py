@@ -18,6 +18,7 @@ from pathfm.tasks.task import ROLE, Task
 
 COLUMNS = ["slide_id", "patient_id", "label", "site", "cancer_type", "role"]
 SLIDES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".dcm", ".bif", ".vms"}
+OUR_SPLIT = "our split by site"  # of a CSV of labels without roles; the seed stands behind it
 PANDA_CSV = "train_with_noisy_labels.csv"  # Kaggle's train.csv with the noise columns of the 6th place
 PANDA_SMALL = {"train": 0.10, "val": 0.05, "test": 0.05}  # eva 73b61a7, classification/panda.py
 PANDA_SEED = 42
@@ -117,7 +118,7 @@ def read_labels(task: Task, csv: str | Path, slides: str | Path | None = None, s
         table["path"] = _paths(table["slide_id"], Path(slides).expanduser())
     own, split = task.classes or tuple(sorted(table["label"].unique())), "the table's own roles"
     if "role" not in table:
-        split = f"our split by site, seed {seed}"
+        split = f"{OUR_SPLIT}, seed {seed}"
         table = next(iter(sites.folds(table, seed=seed)))[1]
     odd = sorted(set(table["role"].astype(str)) - set(ROLE.values()))
     if odd:

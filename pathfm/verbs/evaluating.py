@@ -18,8 +18,9 @@ class Evaluate:
     task: str = setting("folder", "one of `pathfm tasks`, as it unpacks in data; folder is any set of labelled tiles")
     protocol: str = setting(
         "",
-        "linear (when empty), kNN, logistic (UNI's), SimpleShot, eva-2024 or eva-2026; masks and slides know eva-2026 "
-        "alone, PathoROB's sets have their own",
+        "linear (when empty), kNN, 'kNN (centred)', eva-2024 or eva-2026; UNI's: logistic, SimpleShot, few-shot-N (N "
+        "images a class, a power of two), retrieval-K (1, 3 or 5); masks and slides know eva-2026 alone, PathoROB's "
+        "sets have their own",
     )
     split: str = setting(
         "clean",
@@ -30,6 +31,7 @@ class Evaluate:
     patient: str = setting("", "column of a manifest.csv that plays the patient, such as block")
     decoder: str = setting("image", "of masks: image (tokens and pixels; eva's) or tokens")
     head: str = setting("abmil", "of slides: abmil (eva's), transmil, mean or max")
+    folds: int = setting(0, "of slides without roles: so many by site, each tests once, one row of all; 5 for tp53")
     slides: str = setting("", "folder of the slides, where data is a CSV of their labels")
     images: str = setting("", "folder of PathoROB's images (Parquet shards, or pictures), where data has its metadata")
     embeddings: str = setting("", "of PathoROB in place of images: <centre>.npz of features that are made already")
@@ -52,14 +54,10 @@ class Evaluate:
 
         kind = tasks.about(self.task).kind
         self._refuse(kind)
-        if kind == "robustness":
-            row = self._robustness()
-            print(f"{row['model']}: robustness index {row['score']:.3f} on {row['task']} ({row['note']})")
-        elif self.images or self.embeddings:
-            raise InputError(f"images and embeddings are of PathoROB's sets; {self.task} has its images in data")
-        else:
-            row, table = {"tiles": self._tiles, "segmentation": self._masks, "slides": self._slides}[kind]()
-            print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
+        scored = {"tiles": self._tiles, "segmentation": self._masks, "slides": self._slides}
+        row, table = scored.get(kind, self._robustness)()
+        print(table.dropna(axis=1, how="all").round(3).to_string(index=False))
+        print(f"{row['model']} on {row['task']}, {row['part']}: {row['metric']} {row['score']:.3f} ({row['note']})")
         if self.record:
             print(leaderboard.record([row]))
 
@@ -67,6 +65,10 @@ class Evaluate:
         """Raises InputError for an option that this kind of task would not heed."""
         if kind != "slides" and (self.workers or self.scheduler):
             raise InputError(f"workers and scheduler are of slides; {self.task} is embedded in this process")
+        if kind != "slides" and self.folds:
+            raise InputError(f"folds are of slides; {self.task} has none")
+        if kind != "robustness" and (self.images or self.embeddings):
+            raise InputError(f"images and embeddings are of PathoROB's sets; {self.task} has its images in data")
         if kind != "tiles" and self.learning_rates:
             raise InputError(f"learning_rates are of eva's heads on tiles; {self.task} is of {kind}")
 
@@ -81,7 +83,7 @@ class Evaluate:
         if self.protocol not in ("", protocol):
             raise InputError(f"{self.task} is scored by {protocol} and not by '{self.protocol}'")
 
-    def _robustness(self) -> dict:
+    def _robustness(self) -> tuple:
         from pathfm import evaluation
 
         self._only(evaluation.ROBUSTNESS)
@@ -112,8 +114,8 @@ class Evaluate:
 
         data = self._read({"slides": self.slides} if self.slides else {})
         where = {"workers": self.workers, "scheduler": self.scheduler or None}
-        own = {**self._own(), **self._features(), **where}
-        return evaluation.slide_labels(self.backbone, data, self.task, self.head, **own)
+        how = {"folds": self.folds, **self._own(), **self._features(), **where}
+        return evaluation.slide_labels(self.backbone, data, self.task, self.head, **how)
 
     def _read(self, how: dict[str, typing.Any] | None = None) -> typing.Any:
         """Masks or slides, which are scored by eva's protocol alone."""
@@ -128,18 +130,21 @@ class Leaderboard:
     """print recorded scores beside published ones, a table a protocol; with --out also as CSV, LaTeX and figures"""
 
     protocol: str = setting("", "such as eva-2026 or linear; every one, each in its own table, when empty")
-    out: str = setting("", "folder for rows.csv and <protocol>.csv, .tex, .svg, .png; nothing is written when empty")
+    out: str = setting(
+        "", "folder for rows.csv and <protocol>.csv, .tex, .svg, .png, of mean ranks too; none when empty"
+    )
 
     def __call__(self) -> None:
-        from pathfm import figures, leaderboard
+        from pathfm import board, figures, leaderboard
 
         for name, scored in leaderboard.rows(self.protocol or None).groupby("protocol", sort=False):
-            board = leaderboard.wide(scored)
-            print(f"protocol {name}\n{board.round(3).to_string(index=False, na_rep='-')}\n")
-            mine = leaderboard.ours(scored)
+            print(f"protocol {name}\n{board.wide(scored).round(3).to_string(index=False, na_rep='-')}\n")
+            mine = board.ours(scored)
             if len(mine):
                 print(f"recorded here, with intervals\n{mine.round(3).to_string(index=False, na_rep='-')}\n")
+            for caveat in board.caveats(scored):
+                print(f"{caveat}\n")
         if self.out:
             figures.use_style()
-            for path in leaderboard.write(self.out, self.protocol or None):
+            for path in board.write(self.out, self.protocol or None):
                 print(path)

@@ -136,7 +136,7 @@ class Export:
 
 @dataclass(frozen=True)
 class SlideLabels:
-    """score the synthetic slide labels B0 to B3 (a coin, common, subtle, spatial) from bags; write results/bags.csv"""
+    """score the synthetic slide labels B0 to B3 (coin, common, subtle, spatial); write results/bags.csv, _pairs.csv"""
 
     model: str = setting("", "a backbone's folder, beside colour and random weights", positional=True)
     workers: int = setting(0, "processes that draw slides; the number of cores when 0")
