@@ -93,7 +93,10 @@ def test_a_network_is_measured_at_all_tiles_and_at_as_many_as_are_real(parts, re
 @pytest.fixture
 def small(parts, real, model, monkeypatch, tmp_path):
     """A study of two networks at two scales that writes below tmp_path; the calls that made a network."""
-    made = []
+    made, slides = [], study.cohort("")
+    labelled = study.tiles(slides)
+    monkeypatch.setattr(study, "cohort", lambda name: slides)  # as drawn, though the cache is now an empty one
+    monkeypatch.setattr(study, "tiles", lambda given: labelled)
     monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATHFM_TEST_DATA", str(tmp_path))
     (tmp_path / "real").rename(tmp_path / "oral")
