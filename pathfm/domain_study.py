@@ -153,7 +153,12 @@ def is_recorded(table: pd.DataFrame, told: dict, mpp: float) -> bool:
 
 
 def ended(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
-    """Rows of the last checkpoint of every network, on tiles of MPPS[0] and real ones, at one N (None: the fewest)."""
+    """Rows of the last checkpoint of every network, on tiles of MPPS[0] and real ones, at one N (None: the fewest).
+
+    Networks come in one order, whatever was recorded first.
+    """
+    order = [RANDOM, *ARMS, LEAVES, TEXTURE]
+    table = table.sort_values("network", key=lambda names: names.map(order.index), kind="stable")
     last = table["steps"] == table.groupby(["network", "seed"])["steps"].transform("max")
     seen = (table["mpp"] == MPPS[0]) | table["mpp"].isna()
     return table[last & seen & (table["n"] == (n or table["n"].min()))]

@@ -145,14 +145,16 @@ def made() -> pd.DataFrame:
             for where, n, mpp in (("test centres", 50, 1), ("test centres", 16, 1), ("test centres", 50, 0.5)):
                 rank = np.nan if network == TEXTURE else 10 * seed + n + step
                 rows.append(one | {"where": where, "n": n, "mpp": mpp, "rankme": rank, "odcorr": 0.1 * seed})
-            rows.append({**rows[-1], "where": ORAL, "n": 16, "mpp": np.nan, "rankme": 10 * seed + step})
+            rank = np.nan if network == TEXTURE else 10 * seed + step
+            rows.append({**rows[-1], "where": ORAL, "n": 16, "mpp": np.nan, "rankme": rank})
     table = pd.DataFrame(rows).assign(mean_r2=0.02, odcorr_floor=0.2)
     return table.assign(rankme_share=table["rankme"] / 4)
 
 
 def test_the_summary_is_of_last_checkpoints_at_one_n_and_says_of_how_many_seeds():
     table = made()
-    few, many = domain_study.summary(table), domain_study.summary(table, 50)
+    few, many = domain_study.summary(table.iloc[::-1]), domain_study.summary(table, 50)
+    assert list(few.index) == [RANDOM, "DINO", "DINOv2", "DINOv2, equal FLOPs", TEXTURE] == list(many.index)
     assert few.loc["DINO", ("RankMe", ORAL)] == 5 + 9 and many.loc["DINO", ("RankMe", "test centres")] == 55 + 9
     assert many.loc["DINO", ("RankMe / D", "test centres")] == (55 + 9) / 4 and few.loc["DINO", "D"].item() == 4
     assert (
