@@ -154,7 +154,7 @@ def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
-    """A row a contrast and mpp of the test tiles, on centres without any pretraining slide.
+    """A row a contrast and mpp of the test tiles that was recorded, on centres without any pretraining slide.
 
     The gain of each arm over its start, and each arm against DINO.
 
@@ -162,7 +162,7 @@ def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
     """
     said = study.on_centres(said, name=COHORT)
     rows = []
-    for mpp in MPPS:
+    for mpp in (mpp for mpp in MPPS if f"{START} at {mpp:g}" in said):
         for arm in ARMS:
             for other in (START, *(["DINO"] if arm != "DINO" else [])):
                 found = scores.paired(said[f"{arm} at {mpp:g}"], said[f"{other} at {mpp:g}"])
@@ -281,7 +281,7 @@ def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
         at = np.arange(len(rows)) + 0.18 * (k - 1)
         error = 100 * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
         axes[0].errorbar(at, 100 * rows["value"], error, fmt="o", ms=4, color=colour, label=arm)
-    axes[0].set_xticks(range(len(MPPS)), [f"{mpp:g}" for mpp in MPPS])
+    axes[0].set_xticks(range(found["mpp"].nunique()), [f"{mpp:g}" for mpp in found["mpp"].unique()])
     axes[0].set(xlabel="µm per pixel of the test tiles", ylabel="points over the start")
     panels.level(axes[0], y=0)
     at = table[table["mpp"] == PRIMARY_MPP]

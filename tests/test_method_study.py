@@ -73,6 +73,8 @@ def test_answers_of_two_arms_share_their_start_and_give_paired_contrasts(points,
     at = found[found["mpp"] == 0.5].set_index("contrast")["value"]
     assert at["DINOv2 minus DINO"] == pytest.approx(at["DINOv2 minus start"] - at["DINO minus start"])
     assert found["verdict"].eq("not informative").all()  # four patients
+    monkeypatch.setattr(method_study, "MPPS", (0.35, 0.5, 1.0))  # one of them not recorded yet
+    assert method_study.contrasts(said).equals(found)
     table = pd.concat([rows for rows, _ in points], ignore_index=True)
     fig = method_study.figure(table, found)
     titles = [ax.get_title() or ax.get_title("left") for ax in fig.axes[1:]]
