@@ -32,6 +32,11 @@ def found(folder: str | Path) -> list[Path]:
     return [*sorted(folder.glob("checkpoint-*.safetensors"), reverse=True), *folder.glob(OLD_NAME)]
 
 
+def step_of(path: Path) -> int:
+    """The number of steps done that a checkpoint's name tells."""
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
 def keep(folder: str | Path, tensors: dict[str, Tensor], state: dict[str, Any], last: int) -> None:
     """Writes the checkpoint of step state["step"], and only then removes all but the `last` newest."""
     save(Path(folder) / NAME.format(state["step"]), tensors, state)

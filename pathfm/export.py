@@ -113,14 +113,25 @@ def export_run(folder: str | Path, out: str | Path, which: str = "teacher", lice
     if which not in ("teacher", "student"):
         raise InputError(f"which='{which}' is unknown.{nearest(which, ('teacher', 'student'))}")
     folder = Path(folder)
-    network, _ = load(folder / "teacher")
     newest = checkpoint.newest(folder)
     if newest is None:
         raise InputError(f"{folder} holds no checkpoint; give the folder that `pathfm pretrain` wrote to")
-    path, tensors, _ = newest
-    weights.fit_weights(network, weights.Start(weights.backbone_of(tensors, path, which), str(path)))
+    network, _ = of_checkpoint(newest[0], which)
     looks = logbook.read(folder / "watches.csv")
     return export(network, out, card.of_run(read_json(folder / "params.json"), looks, which, licence))
+
+
+def of_checkpoint(path: str | Path, which: str = "teacher") -> tuple[VisionTransformer, Preprocess]:
+    """A backbone as a checkpoint in a finished run's folder has it, as `load` gives the exported one.
+
+    which   "teacher" or "student"
+    """
+    from pathfm import checkpoint
+
+    network, preprocess = load(Path(path).parent / "teacher")
+    tensors, _ = checkpoint.load(path)
+    weights.fit_weights(network, weights.Start(weights.backbone_of(tensors, path, which), str(path)))
+    return network, preprocess
 
 
 def load(where: str | Path) -> tuple[VisionTransformer, Preprocess]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from torch import nn
 
 from pathfm import probe, scores
 from pathfm.benchmarks import TileSet
 from pathfm.cohort import Cohort
 from pathfm.errors import InputError
-from pathfm.features import Features, extract
+from pathfm.features import Features, extract, pools
 from pathfm.panels import method_colour
 from pathfm.slide import MAX_UPSAMPLE, Slide
 
@@ -75,6 +76,7 @@ def curve(
     trained_at: float | None = None,
     pool: str = "cls",
     name: str = "features",
+    floors: Mapping[str, nn.Module | str] | None = None,
 ) -> pd.DataFrame:
     """A row an mpp of the test tiles: tile_mpp, trained_at, and the columns of `scores.scores`; `mpp` is the effective.
 
@@ -82,18 +84,39 @@ def curve(
     sets         of `recut`, with roles
     fit          a probe; at every scale it is fitted anew, or
     trained_at   on tiles of this mpp alone, and tested at all of them: what a change of scale costs
+    floors       name -> network or floor's name, such as {"random weights": twin, "colour + LBP": "colour+lbp"}: probed
+                 as the model is (a network on the pooling that validates best, after the same `preprocess`). They
+                 have rows of their own, and the model's gain, interval and verdict are over the best at that mpp
     """
     if trained_at is not None and trained_at not in sets:
         raise InputError(f"no tiles of {trained_at:g} mpp to train on; there are {', '.join(f'{m:g}' for m in sets)}")
-    found = {mpp: extract(model, tiles, preprocess, pool, name) for mpp, tiles in sets.items()}
+    asked = {name: {mpp: [extract(model, tiles, preprocess, pool, name)] for mpp, tiles in sets.items()}}
+    for floor, what in (floors or {}).items():
+        asked[floor] = {mpp: _poolings(what, tiles, preprocess, floor) for mpp, tiles in sets.items()}
     rows = []
-    for mpp, features in found.items():
-        if trained_at is not None:
-            test = (features.table["role"] == "test").to_numpy()
-            features = replace(features, x=np.where(test[:, None], features.x, found[trained_at].x))
-        row = scores.scores([fit(features)]).iloc[0]
-        rows.append({"tile_mpp": mpp, "trained_at": mpp if trained_at is None else trained_at, **row})
-    return pd.DataFrame(rows).sort_values("tile_mpp", ignore_index=True)
+    for mpp in sorted(sets):
+        at = mpp if trained_at is None else trained_at
+        answers = [_answer(found[mpp], found[at], fit) for found in asked.values()]
+        answers = [replace(one, floor=one.floor or k > 0) for k, one in enumerate(answers)]
+        rows += [{"tile_mpp": mpp, "trained_at": at, **row} for _, row in scores.scores(answers).iterrows()]
+    return pd.DataFrame(rows)
+
+
+def _poolings(what: nn.Module | str, tiles: TileSet, preprocess: Callable | None, name: str) -> list[Features]:
+    """A descriptor's features, or a network's of every pooling that it has."""
+    if isinstance(what, str):
+        return [extract(what, tiles, name=name)]
+    pool = "both" if getattr(what, "cls_token", None) is not None else "mean"
+    return [replace(one, name=name) for one in pools(extract(what, tiles, preprocess, pool, name))]
+
+
+def _answer(tested: list[Features], trained: list[Features], fit: Callable) -> scores.Prediction:
+    """Test tiles of one scale, answered by a probe of another or the same; the pooling is that which validates best."""
+    answers = []
+    for there, here in zip(tested, trained, strict=True):
+        test = (there.table["role"] == "test").to_numpy()
+        answers.append(fit(replace(there, x=np.where(test[:, None], there.x, here.x))))
+    return max(answers, key=lambda answer: answer.settings["validate"]) if len(answers) > 1 else answers[0]
 
 
 def panel(ax: Axes, table: pd.DataFrame, chance: float | None = None) -> Axes:

@@ -1,29 +1,32 @@
-"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv and methods_arms.csv hold."""
+"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv, methods_arms.csv (answers) and
+methods_watches.csv (looks while training) hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
-from pathfm import answers, confounding, export, magnification, panels, scores, study
+from pathfm import answers, confounding, export, magnification, panels, scores, study, unsupervised
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import Features, extract, pools, random_twin
 from pathfm.pretrain import Run
-from pathfm.probe import linear
+from pathfm.probe import FLOOR_NAMES, linear
 from pathfm.runs import notebooks_dir, stamp, write_results
 from pathfm.scores import Prediction
 
 COHORT = "study"
-MPPS = (0.25, 0.5, 1.0, 2.0)  # of the test tiles
+MPPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)  # of the test tiles, half an octave apart
 STEPS = 1200
 # Arm -> recipe and steps. The last does the matrix products of DINO's STEPS: tests/test_method_study.py counts both.
 ARMS = {
@@ -40,6 +43,7 @@ PRIMARY = (
 )
 PRIMARY_MPP = 0.5
 START = "start"
+TEXTURE = FLOOR_NAMES["colour+lbp"]
 KNOWN = ("new_centres", "robustness_index", "centre_identity", "slide_dependence")
 
 
@@ -63,7 +67,7 @@ def judged(run: Run, arm: str, sets: dict[float, TileSet], fresh: Sequence[str])
     seed = run.config.seed
     for when, model in ((START, random_twin(teacher, seed)), ("end", teacher)):
         for mpp, tiles in sets.items():
-            features, fit = _best_pool(pools(extract(model, tiles, preprocess, "both")), seed)
+            features, fit = best_pool(model, tiles, preprocess, seed)
             answer = replace(fit, name=f"{START if when == START else arm} at {mpp:g}")
             new = scores.of_centres([answer], fresh)[0]
             known = confounding.of(features)
@@ -86,7 +90,12 @@ def judged(run: Run, arm: str, sets: dict[float, TileSet], fresh: Sequence[str])
             )
 
 
-def _best_pool(found: list[Features], seed: int) -> tuple[Features, Prediction]:
+def best_pool(model: nn.Module, tiles: TileSet, preprocess: Callable, seed: int) -> tuple[Features, Prediction]:
+    """Features of the pooling that validates best (CLS, mean of the patch tokens, or both), and their probe's answers.
+
+    seed  of the pretraining behind the model
+    """
+    found = pools(extract(model, tiles, preprocess, "both"))
     fits = [linear(features, seed) for features in found]
     best = max(range(len(fits)), key=lambda k: fits[k].settings["validate"])
     return found[best], fits[best]
@@ -105,15 +114,34 @@ def point(arm: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows).assign(**spent, **stamp()), answers.table(said)
 
 
+def texture() -> pd.DataFrame:
+    """Answers of colour + LBP, the floor without a network, at every mpp."""
+    slides = study.cohort(COHORT)
+    sets = magnification.recut(study.tiles(slides), slides, MPPS)
+    return answers.table(
+        linear(extract("colour+lbp", tiles, name=f"{TEXTURE} at {mpp:g}")) for mpp, tiles in sets.items()
+    )
+
+
+def looks(points: Sequence[tuple[str, int]]) -> pd.DataFrame:
+    """Points of `unsupervised.of_watches`: what runs saw of themselves while they trained, named by their folder.
+
+    points  (arm, seed)
+    """
+    found = unsupervised.of_watches([trained(*one) for one in points], "methods")
+    return found.assign(run=[Path(run).name for run in found["run"]])
+
+
 def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1) -> pd.DataFrame:
-    """Runs every arm with every seed, `workers` at a time, one thread each; writes the two files of results/."""
-    study.tiles(study.cohort(COHORT))  # drawn once, before the workers want them
+    """Runs every arm with every seed, `workers` at a time, one thread each; writes the three files of results/."""
+    floor = texture()  # which draws the tiles before the workers want them
     points = [(arm, seed) for arm in ARMS for seed in seeds]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         found = list(pool.map(point, *zip(*points, strict=True)))
     table = pd.concat([rows for rows, _ in found], ignore_index=True)
     path = write_results("methods", table)
-    answers.write_table(path.with_name("methods_arms.csv"), together([wide for _, wide in found]))
+    answers.write_table(path.with_name("methods_arms.csv"), together([*(wide for _, wide in found), floor]))
+    write_results("methods_watches", looks(points).assign(**stamp()))
     return table
 
 
@@ -126,7 +154,7 @@ def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
-    """A row a contrast and mpp of the test tiles, on centres without any pretraining slide.
+    """A row a contrast and mpp of the test tiles that was recorded, on centres without any pretraining slide.
 
     The gain of each arm over its start, and each arm against DINO.
 
@@ -134,12 +162,31 @@ def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
     """
     said = study.on_centres(said, name=COHORT)
     rows = []
-    for mpp in MPPS:
+    for mpp in (mpp for mpp in MPPS if f"{START} at {mpp:g}" in said):
         for arm in ARMS:
             for other in (START, *(["DINO"] if arm != "DINO" else [])):
                 found = scores.paired(said[f"{arm} at {mpp:g}"], said[f"{other} at {mpp:g}"])
                 rows.append({"contrast": f"{arm} minus {other}", "mpp": mpp, **found._asdict()})
     return pd.DataFrame(rows)
+
+
+def curve(said: dict[str, list[Prediction]], table: pd.DataFrame) -> pd.DataFrame:
+    """Scores over the mpp of the test tiles, on centres without any pretraining slide: each arm beside its floors.
+
+    A row an mpp and START, TEXTURE or arm: tile_mpp, effective_mpp (of what the network sees), and the columns of
+    `scores.scores`: score with interval, and of an arm the gain over the better floor at that mpp, with verdict.
+
+    said   of `study.recorded_answers("methods", "arms")`
+    table  of results/methods.csv, which knows the effective mpp
+    """
+    said, parts = study.on_centres(said, name=COHORT), []
+    for mpp, rows in table.groupby("mpp"):
+        several = {name: said[f"{name} at {mpp:g}"] for name in (*ARMS, START, TEXTURE)}
+        every = [replace(one, name=name, floor=name not in ARMS) for name, runs in several.items() for one in runs]
+        scored = scores.scores(every).drop(columns="mpp")
+        seen = scored["features"].map(lambda name, of=rows["effective_mpp"].iloc[0]: np.nan if name == TEXTURE else of)
+        parts.append(scored.assign(tile_mpp=mpp, effective_mpp=seen))
+    return pd.concat(parts, ignore_index=True)
 
 
 def shares(said: dict[str, list[Prediction]], oracle: Prediction) -> pd.DataFrame:
@@ -190,6 +237,38 @@ def rises(table: pd.DataFrame) -> pd.DataFrame:
     return up.groupby(["arm", "mpp"], sort=False).sum()
 
 
+def curve_figure(curve: pd.DataFrame) -> Figure:
+    """Scores over mpp with their intervals, and the gain of each arm over the better floor at that mpp.
+
+    curve  of `curve`
+    """
+    arms = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    colours = {**arms, START: panels.method_colour("random weights"), TEXTURE: "0.5"}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(6.9, 3.2))
+    for name, colour in colours.items():
+        rows = curve[curve["features"] == name]
+        left.plot(rows["tile_mpp"], rows["balanced_accuracy"], "o-" if name in arms else "o--", ms=3.5, color=colour)
+        left.fill_between(rows["tile_mpp"], rows["low"], rows["high"], color=colour, alpha=0.12, lw=0)
+    for k, (arm, colour) in enumerate(arms.items()):
+        rows = curve[curve["features"] == arm]
+        error = 100 * np.array([rows["gain"] - rows["gain_low"], rows["gain_high"] - rows["gain"]])
+        beside = rows["tile_mpp"] * 1.06 ** (k - 1)  # so that intervals stand side by side
+        right.errorbar(beside, 100 * rows["gain"], error, fmt="o", ms=3.5, lw=1.2, color=colour)
+    panels.level(left, y=1 / curve["n_classes"].iloc[0])
+    panels.level(right, y=0)
+    left.set(ylim=(0, 1), ylabel="balanced accuracy\n(dashed: chance)")
+    right.set(ylabel="points over the better floor")
+    scales = curve.groupby("tile_mpp")["effective_mpp"].max()
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="µm per pixel of the test tiles\n(in brackets: of what the network sees)")
+        ax.set_xticks(scales.index, [f"{mpp:g}\n({seen:g})" for mpp, seen in scales.items()], fontsize=7)
+        ax.minorticks_off()
+    names = {START: "random weights (their start)"}
+    handles = [plt.Line2D([], [], color=c, marker="o", ms=4, ls="-" if n in arms else "--") for n, c in colours.items()]
+    fig.legend(handles, [names.get(name, name) for name in colours], loc="outside lower center", ncols=3)
+    return fig
+
+
 def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Gains over the start at every mpp with their intervals, and what the features know of centres before and after.
 
@@ -202,7 +281,7 @@ def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
         at = np.arange(len(rows)) + 0.18 * (k - 1)
         error = 100 * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
         axes[0].errorbar(at, 100 * rows["value"], error, fmt="o", ms=4, color=colour, label=arm)
-    axes[0].set_xticks(range(len(MPPS)), [f"{mpp:g}" for mpp in MPPS])
+    axes[0].set_xticks(range(found["mpp"].nunique()), [f"{mpp:g}" for mpp in found["mpp"].unique()])
     axes[0].set(xlabel="µm per pixel of the test tiles", ylabel="points over the start")
     panels.level(axes[0], y=0)
     at = table[table["mpp"] == PRIMARY_MPP]

@@ -58,9 +58,12 @@ def groups(tiles: TileSet) -> dict[str, np.ndarray]:
 
 def thin(tiles: TileSet, n: int, seed: int = 0) -> TileSet:
     """At most n tiles, drawn at random by `seed` and kept in their order."""
-    if len(tiles) <= n:
-        return tiles
-    return tiles.subset(np.sort(np.random.default_rng(seed).choice(len(tiles), n, replace=False)))
+    return tiles if len(tiles) <= n else tiles.subset(sample(len(tiles), n, seed))
+
+
+def sample(total: int, n: int, seed: int = 0) -> np.ndarray:
+    """n of the rows 0 to total - 1, drawn without replacement by `seed`, in their order."""
+    return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))
 
 
 def embed(tiles: TileSet, networks: Mapping[str, tuple[nn.Module, Callable]]) -> dict[str, Features]:

@@ -55,6 +55,7 @@ def sweep(
     grid      replaces the file's grid, such as one without the mpp that a cohort cannot serve
     override  replaces base parameters; part of a point's identity, so that no result is mistaken for another
 
+    `attrs["folders"]` are the points' run folders, in the order of the rows.
     Where points differ in nothing but their seed, `attrs["answers"]` holds what their probes answered, by ANSWERS.
 
     A point is finished when its notebook ran to the end; a killed sweep goes on where it stopped. A failing point does
@@ -76,6 +77,7 @@ def sweep(
         raise InputError(f"{len(failures)} of {len(points)} points stopped:\n  " + "\n  ".join(failures))
     rows = [{**point, **read_json(path / "metrics.json")} for point, path in zip(points, folders, strict=True)]
     table = pd.DataFrame(rows)
+    table.attrs["folders"] = folders
     if list(spec["grid"]) == ["seed"]:
         found = {name: answers.merged(folders, name) for name in ANSWERS}
         table.attrs["answers"] = {name: wide for name, wide in found.items() if wide is not None}

@@ -36,19 +36,34 @@ def measure(model: nn.Module | str | Path, sets: Mapping[str, TileSet], preproce
     sets   where -> tiles; labels are not looked at. As many tiles of each, drawn by `seed`, as the smallest has, for
            both depend on N
 
-    Columns where, n, d, rankme, enough (whether N is ten D or more, as RankMe asks), odcorr with its floor and the
-    number of constant features left out, mean_r2 over the same pairs of features, tile_corr (the mean absolute
+    A row a set: where, and what `of_features` says of them.
+    """
+    n = min(map(len, sets.values()))
+    found = {where: extract(model, thin(tiles, n, seed), preprocess).x for where, tiles in sets.items()}
+    return pd.DataFrame([{"where": where, **of_features(x)} for where, x in found.items()])
+
+
+def of_features(x: np.ndarray) -> dict:
+    """RankMe and ODCorr of features (N, D), and what they must be read with.
+
+    n, d, rankme, rankme_share (RankMe / D), enough (whether N is ten D or more, as RankMe asks), odcorr with its floor
+    and the number of constant features left out, mean_r2 over the same pairs of features, tile_corr (the mean absolute
     correlation of pairs of tiles) with its floor.
     """
-    n, rows = min(map(len, sets.values())), []
-    for where, tiles in sets.items():
-        x = extract(model, thin(tiles, n, seed), preprocess).x
-        rank, repeat = metrics.rankme(x), metrics.odcorr(x)
-        told = {"where": where, "n": rank.n, "d": rank.d, "rankme": rank.value, "enough": rank.n >= 10 * rank.d}
-        told |= {"odcorr": repeat.value, "odcorr_floor": repeat.floor, "constants": repeat.constants}
-        told |= {"mean_r2": repeat.mean_r2, "tile_corr": repeat.tiles, "tile_corr_floor": repeat.tiles_floor}
-        rows.append(told)
-    return pd.DataFrame(rows)
+    rank, repeat = metrics.rankme(x), metrics.odcorr(x)
+    return {
+        "n": rank.n,
+        "d": rank.d,
+        "rankme": rank.value,
+        "rankme_share": rank.share,
+        "enough": rank.n >= 10 * rank.d,
+        "odcorr": repeat.value,
+        "odcorr_floor": repeat.floor,
+        "constants": repeat.constants,
+        "mean_r2": repeat.mean_r2,
+        "tile_corr": repeat.tiles,
+        "tile_corr_floor": repeat.tiles_floor,
+    }
 
 
 def of_watches(found: Iterable[Run | str | Path], sweep: str) -> pd.DataFrame:
@@ -107,6 +122,7 @@ def correlations(points: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0
 
     rho, low, high  the interval is a bootstrap over runs, whose checkpoints come along together; NaN under 5 runs
     points, runs    that count: points with random weights are left out, and so is what has no score or metric
+    verdict         positive or negative where the interval is clear of 0, else undecided; "" without an interval
     note            why there is no number or interval, or the warning that stands beside a pooled one
 
     A negative rho of ODCorr says that less redundant features score higher.
@@ -120,7 +136,7 @@ def correlations(points: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0
         for metric in METRICS:
             pooled = _row(counted, metric, resamples, seed)
             rows.append({**everywhere, **pooled, "note": "; ".join(filter(None, [WARNING, pooled["note"]]))})
-    columns = [*GROUP, "metric", "rho", "low", "high", "points", "runs", "note"]
+    columns = [*GROUP, "metric", "rho", "low", "high", "verdict", "points", "runs", "note"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -129,7 +145,8 @@ def _row(points: pd.DataFrame, metric: str, resamples: int, seed: int) -> dict:
     points = points.dropna(subset=[metric])
     few = metric == "rankme" and (points["n"] < 10 * points["d"]).any()
     clusters = [one[[metric, "score"]].to_numpy(float) for _, one in points.groupby(["sweep", "run"], sort=False)]
-    row = {"metric": metric, "points": len(points), "runs": len(clusters), "low": np.nan, "high": np.nan}
+    row = {"metric": metric, "points": len(points), "runs": len(clusters)}
+    row |= {"low": np.nan, "high": np.nan, "verdict": ""}
     row["note"] = FEW_TILES if few else ""
     row["rho"] = _spearman(np.concatenate(clusters)) if clusters else np.nan
     if np.isnan(row["rho"]):
@@ -141,7 +158,8 @@ def _row(points: pd.DataFrame, metric: str, resamples: int, seed: int) -> dict:
     draws = rng.integers(len(clusters), size=(resamples, len(clusters)))
     drawn = [_spearman(np.concatenate([clusters[i] for i in one])) for one in draws]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return {**row, "low": float(low), "high": float(high)}
+    verdict = "positive" if low > 0 else "negative" if high < 0 else "undecided"
+    return {**row, "low": float(low), "high": float(high), "verdict": verdict}
 
 
 def _spearman(pairs: np.ndarray) -> float:
@@ -151,6 +169,20 @@ def _spearman(pairs: np.ndarray) -> float:
     ranks = rankdata(pairs, axis=0)
     ranks -= ranks.mean(axis=0)
     return float(ranks[:, 0] @ ranks[:, 1] / np.sqrt((ranks**2).sum(axis=0).prod()))
+
+
+def beside(found: pd.DataFrame) -> pd.DataFrame:
+    """Correlations with their verdicts side by side, as text: a row a place and N, a column a method and metric.
+
+    found  of `correlations`; the pooled ones are left out
+    """
+    within = found[found["sweep"] != POOLED]
+    text = [f"{_said(row)}{row['verdict'] and ': ' + row['verdict']}" for _, row in within.iterrows()]
+    wide = within.assign(text=text, metric=within["metric"].replace({"rankme": "RankMe", "odcorr": "ODCorr"}))
+    index, columns = ["where", "n"], ["method", "metric"]
+    order = [within[index].drop_duplicates(), wide[columns].drop_duplicates()]
+    wide = wide.pivot(index=index, columns=columns, values="text")
+    return wide.reindex(index=pd.MultiIndex.from_frame(order[0]), columns=pd.MultiIndex.from_frame(order[1]))
 
 
 def figure(points: pd.DataFrame) -> Figure:

@@ -1,19 +1,34 @@
 """RankMe and ODCorr in the domain and outside it: which slides are which, one N for all, and what is recorded."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 from PIL import Image
 
-from pathfm import InputError, TileSet, domain_study, metrics, study, unsupervised
+from pathfm import (
+    InputError,
+    TileSet,
+    checkpoint,
+    domain_study,
+    export,
+    method_study,
+    metrics,
+    runs,
+    study,
+    unsupervised,
+)
 from pathfm.domain_study import ORAL, RANDOM, TEXTURE
 from pathfm.features import extract
+from pathfm.representation import thin
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """Of the embedded cohort, whose test slides are moved so that every part has some."""
+    """Of the embedded cohort at the scale of pretraining, whose test slides are moved so that every part has some."""
     patch = pytest.MonkeyPatch()
     slides = study.cohort("")
     table = slides.table.copy()
@@ -24,7 +39,7 @@ def parts():
     moved = table.loc[seen[0], "slide_id"]
     patch.setattr(study, "index", lambda given: index)
     patch.setattr(domain_study, "COHORT", "")
-    yield domain_study.sets(24), index.slides.set_index("slide_id"), moved
+    yield domain_study.sets(n=24), index.slides.set_index("slide_id"), moved
     patch.undo()
 
 
@@ -53,59 +68,133 @@ def real(tmp_path):
     return TileSet.from_folder(tmp_path / "real")
 
 
-def test_a_network_is_measured_at_all_tiles_and_at_as_many_as_are_real(parts, real, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
+@pytest.fixture
+def model():
     how = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    model = timm.create_model("vit_tiny_patch16_224", **how)
-    table = domain_study.measured({"network": "mine", "seed": 3, "steps": 7}, model, None, parts[0], real)
+    return timm.create_model("vit_tiny_patch16_224", **how)
+
+
+def test_a_network_is_measured_at_all_tiles_and_at_as_many_as_are_real(parts, real, model, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
+    table = domain_study.measured(model, None, parts[0], real)
     assert table.groupby("n").size().to_dict() == {24: 3, 16: 4} and set(table["d"]) == {16}
     x = extract(model, parts[0]["test centres"]).x
     row = table[(table["where"] == "test centres") & (table["n"] == 24)].iloc[0]
     assert row["rankme"] == metrics.rankme(x).value and row["mean_r2"] == metrics.odcorr(x).mean_r2
+    assert row["rankme_share"] == row["rankme"] / 16
     assert row["tile_corr"] == metrics.odcorr(x).tiles and row["constants"] == 0 and not row["enough"]
-    floor = domain_study.measured({"network": TEXTURE}, "colour+lbp", None, parts[0], real)
+    few = extract(model, thin(parts[0]["test centres"], 16)).x
+    row = table[(table["where"] == "test centres") & (table["n"] == 16)].iloc[0]
+    assert row["rankme"] == pytest.approx(metrics.rankme(few).value, rel=1e-4)
+    floor = domain_study.measured("colour+lbp", None, parts[0], real)
     assert "rankme" not in floor and floor["odcorr"].between(0, 1).all() and (floor["where"] == ORAL).sum() == 1
 
 
-def made() -> tuple[pd.DataFrame, pd.DataFrame]:
-    rows, scored = [], []
-    for network, seeds in ((RANDOM, 2), ("DINO", 2), ("DINOv2", 2), (TEXTURE, 1)):
-        for seed in range(seeds):
-            for where, n in (("test centres", 50), ("test centres", 16), (ORAL, 16)):
-                one = {"network": network, "seed": seed, "steps": 9, "where": where, "n": n, "d": 4}
-                rank = np.nan if network == TEXTURE else 10 * seed + n
-                rows.append(one | {"rankme": rank, "odcorr": 0.1 * seed, "mean_r2": 0.02, "odcorr_floor": 0.2})
-            for when, score in (("start", 0.3), ("end", 0.6 + seed / 10)):
-                scored.append({"arm": network, "seed": seed, "when": when, "mpp": 0.5, "new_centres": score})
-    scored = pd.DataFrame(scored)
-    return pd.DataFrame(rows), pd.concat([scored, scored.assign(mpp=1.0, new_centres=0.0)])
+@pytest.fixture
+def small(parts, real, model, monkeypatch, tmp_path):
+    """A study of two networks at two scales that writes below tmp_path; the calls that made a network."""
+    made, slides = [], study.cohort("")
+    labelled = study.tiles(slides)
+    monkeypatch.setattr(study, "cohort", lambda name: slides)  # as drawn, though the cache is now an empty one
+    monkeypatch.setattr(study, "tiles", lambda given: labelled)
+    monkeypatch.setenv("PATHFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATHFM_TEST_DATA", str(tmp_path))
+    (tmp_path / "real").rename(tmp_path / "oral")
+    monkeypatch.setattr(domain_study, "REAL", "oral")
+    monkeypatch.setattr(runs, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(method_study, "MPPS", (0.5, 1.0))
+    monkeypatch.setattr(domain_study, "sets", lambda mpp: parts[0])
+
+    def networks(seeds):
+        for network in (RANDOM, TEXTURE):
+            make = (model, export.Preprocess(32)) if network == RANDOM else ("colour+lbp", None)
+            yield (
+                {"network": network, "seed": seeds[0], "steps": 0},
+                lambda make=make, network=network: made.append(network) or make,
+            )
+
+    monkeypatch.setattr(domain_study, "networks", networks)
+    return made
 
 
-def test_the_summary_is_of_one_n_and_says_of_how_many_seeds():
-    table, _ = made()
-    few, many = domain_study.summary(table), domain_study.summary(table, 50)
-    assert few.loc["DINO", ("RankMe", ORAL)] == 21 and many.loc["DINO", ("RankMe", "test centres")] == 55
+def test_a_recording_does_what_is_missing(small, tmp_path):
+    whole = domain_study.record([3])
+    assert small == [RANDOM, TEXTURE, RANDOM]  # the floor without a network stands at one scale
+    sizes = whole[whole["network"] == RANDOM].groupby(["mpp", "n"]).size()
+    assert sizes.to_dict() == {(0.5, 16): 3, (0.5, 24): 3, (1.0, 16): 3, (1.0, 24): 3}
+    assert whole.loc[whole["mpp"].isna(), ["network", "where"]].values.tolist() == [[RANDOM, ORAL], [TEXTURE, ORAL]]
+    assert whole["score"].between(0, 1).all() and whole.groupby("network")["score"].nunique().eq(1).all()
+    small.clear()
+    again = domain_study.record([3])
+    assert small == [] and len(again) == len(whole)
+    again[~((again["network"] == RANDOM) & (again["mpp"] == 0.5))].to_csv(tmp_path / "domains.csv", index=False)
+    third = domain_study.record([3])
+    assert small == [RANDOM] and sorted(third["rankme"].dropna()) == pytest.approx(
+        sorted(whole["rankme"].dropna()), abs=1e-3
+    )
+
+
+def made() -> pd.DataFrame:
+    """Two arms of one method and one of another: two checkpoints a run, at two scales, and the real tiles."""
+    rows = []
+    networks = ((RANDOM, 2, [0]), ("DINO", 2, [5, 9]), ("DINOv2", 2, [5, 9]), ("DINOv2, equal FLOPs", 2, [5, 7]))
+    for network, seeds, steps in (*networks, (TEXTURE, 1, [0])):
+        for seed, step in itertools.product(range(seeds), steps):
+            one = {"network": network, "seed": seed, "steps": step, "d": 4, "score": 0.3 + step / 100 + seed / 10}
+            one |= {"method": np.nan if network in (RANDOM, TEXTURE) else network.split(",")[0].lower()}
+            for where, n, mpp in (("test centres", 50, 1), ("test centres", 16, 1), ("test centres", 50, 0.5)):
+                rank = np.nan if network == TEXTURE else 10 * seed + n + step
+                rows.append(one | {"where": where, "n": n, "mpp": mpp, "rankme": rank, "odcorr": 0.1 * seed})
+            rank = np.nan if network == TEXTURE else 10 * seed + step
+            rows.append({**rows[-1], "where": ORAL, "n": 16, "mpp": np.nan, "rankme": rank})
+    table = pd.DataFrame(rows).assign(mean_r2=0.02, odcorr_floor=0.2)
+    return table.assign(rankme_share=table["rankme"] / 4)
+
+
+def test_the_summary_is_of_last_checkpoints_at_one_n_and_says_of_how_many_seeds():
+    table = made()
+    few, many = domain_study.summary(table.iloc[::-1]), domain_study.summary(table, 50)
+    assert list(few.index) == [RANDOM, "DINO", "DINOv2", "DINOv2, equal FLOPs", TEXTURE] == list(many.index)
+    assert few.loc["DINO", ("RankMe", ORAL)] == 5 + 9 and many.loc["DINO", ("RankMe", "test centres")] == 55 + 9
+    assert many.loc["DINO", ("RankMe / D", "test centres")] == (55 + 9) / 4 and few.loc["DINO", "D"].item() == 4
     assert (
         ("RankMe", ORAL) not in many and few.loc[TEXTURE, "seeds"].item() == 1 and few.loc["DINO", "seeds"].item() == 2
     )
     assert np.isnan(few.loc[TEXTURE, ("RankMe", ORAL)]) and few.loc[TEXTURE, ("mean r²", ORAL)] == 0.02
 
 
-def test_runs_are_points_with_their_score_and_random_weights_are_not_counted():
-    points = domain_study.points(*made())
-    assert points["random"].sum() == 2 * 6 and set(points.loc[points["random"], "score"]) == {0.3}
+def test_checkpoints_are_points_of_their_run_and_arms_of_one_method_stand_together():
+    points = domain_study.points(made())
     trained = points[~points["random"]]
-    assert set(trained["score"]) == {0.6, 0.7} and set(trained["method"]) == {"DINO", "DINOv2"}
+    assert set(points["where"]) == {"test centres, 1 µm/px", "test centres, 0.5 µm/px", ORAL}
+    assert trained.groupby("method")["run"].nunique().to_dict() == {"dino": 2, "dinov2": 4}
+    assert trained.groupby(["run", "where", "n"]).size().eq(2).all()
+    assert points.groupby(["run", "where", "n"])["random"].sum().eq(1).all()
+    assert set(points.loc[points["random"], "score"]) == {0.3, 0.4} and set(points.loc[points["random"], "step"]) == {0}
     found = unsupervised.correlations(points)
-    one = found[(found["method"] == "DINOv2") & (found["where"] == ORAL) & (found["metric"] == "rankme")].iloc[0]
-    assert (one["points"], one["runs"]) == (2, 2) and np.isnan(one["rho"])
+    one = found[(found["method"] == "dinov2") & (found["where"] == ORAL) & (found["metric"] == "rankme")].iloc[0]
+    assert (one["points"], one["runs"]) == (8, 4) and one["rho"] == pytest.approx(1) and "4 runs" in one["note"]
 
 
 def test_the_figure_shows_every_network_on_every_part(style):
-    fig = domain_study.figure(made()[0])
+    fig = domain_study.figure(made())
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["test centres", ORAL]
-    assert fig.axes[0].get_xlabel() == "RankMe (N 16)" and len(fig.legends[0].get_texts()) == 4
-    assert sum(len(line.get_xdata()) for line in fig.axes[1].lines if line.get_marker() == "o") == 7 * 2
+    assert fig.axes[0].get_xlabel() == "RankMe (N 16)" and len(fig.legends[0].get_texts()) == 5
+    assert sum(len(line.get_xdata()) for line in fig.axes[1].lines if line.get_marker() == "o") == 9 * 2
+
+
+def test_networks_are_the_checkpoints_of_every_run(monkeypatch, tmp_path):
+    config = SimpleNamespace(method="dino")
+    for arm, seed in itertools.product(("DINO", "DINOv2"), (0, 1)):
+        for step in (8, 12):
+            (tmp_path / f"{arm}-{seed}").mkdir(exist_ok=True)
+            (tmp_path / f"{arm}-{seed}" / checkpoint.NAME.format(step)).touch()
+    folder = lambda arm, seed: SimpleNamespace(folder=tmp_path / f"{arm}-{seed}", teacher=tmp_path, config=config)  # noqa: E731
+    monkeypatch.setattr(method_study, "trained", folder)
+    monkeypatch.setattr(domain_study, "ARMS", ("DINO", "DINOv2"))
+    found = [tuple(told[name] for name in domain_study.NETWORK) for told, _ in domain_study.networks([0, 1])]
+    assert found[:5] == [(RANDOM, 0, 0), ("DINO", 0, 8), ("DINO", 0, 12), ("DINOv2", 0, 8), ("DINOv2", 0, 12)]
+    assert len(found) == 2 * 5 + 2 and found[-2:] == [(domain_study.LEAVES, 0, 400), (TEXTURE, 0, 0)]
 
 
 def test_no_real_tiles_are_an_error(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from test_pretrain import tiny as tiny_dino
 import pathfm
 from pathfm.__main__ import main
 from pathfm.errors import InputError
-from pathfm.export import Preprocess, export, export_run, load
+from pathfm.export import Preprocess, export, export_run, load, of_checkpoint
 from pathfm.pretrain import pretrain
 from pathfm.vit import make_backbone, patch_tokens
 from pathfm.weights import read_weights
@@ -100,6 +100,18 @@ def test_teacher_and_student_leave_as_they_are_in_the_checkpoint(run, tmp_path):
         assert f"The {which}'s backbone after 8 steps" in card and "## Licence\n\nCC-BY-4.0" in card
     first, second = ((tmp_path / which / "model.safetensors").read_bytes() for which in ("teacher", "student"))
     assert first == (run.teacher / "model.safetensors").read_bytes() != second
+
+
+def test_every_checkpoint_gives_the_teacher_of_its_step(run):
+    first, last = sorted(run.folder.glob("checkpoint*.safetensors"))
+    for path in (first, last):
+        network, preprocess = of_checkpoint(path)
+        saved = read_weights(path)
+        assert all(torch.equal(v, saved[f"teacher.backbone.{name}"]) for name, v in network.state_dict().items())
+        assert preprocess == load(run.teacher)[1] and not network.training
+    ended = run.backbone.state_dict()
+    assert all(torch.equal(v, ended[name]) for name, v in of_checkpoint(last)[0].state_dict().items())
+    assert not all(torch.equal(v, ended[name]) for name, v in of_checkpoint(first)[0].state_dict().items())
 
 
 def test_the_command_line_exports_and_wrong_requests_are_named(run, tmp_path, capsys):

@@ -6,8 +6,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 
 from pathfm import InputError, TileSet, magnification, probe
+from pathfm.export import Preprocess
 from pathfm.features import extract
 from pathfm.slide import Slide
 from pathfm.synthetic import labelled_tiles
@@ -100,6 +102,30 @@ def test_a_probe_of_one_scale_is_tested_at_the_others(tiles, cohort):
     assert table["balanced_accuracy"][0] == probe.linear(mixed).balanced_accuracy
     with pytest.raises(InputError, match="no tiles of 2 mpp to train on; there are 0.5, 1"):
         magnification.curve("colour", sets, trained_at=2.0)
+
+
+@pytest.mark.parametrize("trained_at", [None, 1.0])
+def test_the_gain_is_over_the_better_floor_of_each_scale(tiles, cohort, trained_at):
+    sets = magnification.recut(tiles, cohort, (0.5, 1.0))
+    how = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    twin = timm.create_model("vit_tiny_patch16_224", **how)
+    floors = {"random weights": twin, "texture": "lbp"}
+    table = magnification.curve(
+        "colour", sets, preprocess=Preprocess(32), trained_at=trained_at, name="mine", floors=floors
+    )
+    assert table["features"].tolist() == 2 * ["mine", *floors] and table["tile_mpp"].tolist() == 3 * [0.5] + 3 * [1.0]
+    assert table["floor"].tolist() == 2 * [False, True, True]
+    alone = magnification.curve("colour", sets, trained_at=trained_at, name="mine")
+    score = table[~table["floor"]]["balanced_accuracy"].tolist()
+    assert score == alone["balanced_accuracy"].tolist() and alone["gain"].isna().all()
+    for _, rows in table.groupby("tile_mpp"):
+        best = rows.loc[rows["floor"], "balanced_accuracy"].max()
+        mine = rows[~rows["floor"]].iloc[0]
+        assert mine["gain"] == pytest.approx(mine["balanced_accuracy"] - best)
+        assert mine["gain_low"] <= mine["gain"] <= mine["gain_high"] and mine["verdict"] == "not informative"
+    at = table[(table["tile_mpp"] == 1.0) & (table["features"] == "random weights")].iloc[0]
+    fitted = probe.linear(probe.pooled(twin, sets[1.0], Preprocess(32)))
+    assert at["balanced_accuracy"] == pytest.approx(fitted.balanced_accuracy)
 
 
 def test_the_panel_states_the_effective_mpp(style):

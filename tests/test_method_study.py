@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pathfm import InputError, answers, method_study, study
+from pathfm import InputError, answers, magnification, method_study, scores, study, unsupervised
 from pathfm.config import recipe
-from pathfm.method_study import ARMS, START
+from pathfm.features import extract
+from pathfm.method_study import ARMS, START, TEXTURE
+from pathfm.probe import linear
 from pathfm.scores import Prediction
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -41,7 +43,7 @@ def points(tmp_path_factory):
 
     def trained(arm, seed):
         name, steps = small[arm]
-        config = study.config(name, "watch_every=0", steps=steps, seed=seed, model="vit_small_patch16_224")
+        config = study.config(name, "watch_every=1", steps=steps, seed=seed, model="vit_small_patch16_224")
         if arm == "DINOv2":
             config = config.replace(tile_px=80, global_px=64, local_px=32)
         return study.pretrained(study.cohort(), config, folder=str(folder / f"{arm}-{seed}"))
@@ -71,10 +73,48 @@ def test_answers_of_two_arms_share_their_start_and_give_paired_contrasts(points,
     at = found[found["mpp"] == 0.5].set_index("contrast")["value"]
     assert at["DINOv2 minus DINO"] == pytest.approx(at["DINOv2 minus start"] - at["DINO minus start"])
     assert found["verdict"].eq("not informative").all()  # four patients
+    monkeypatch.setattr(method_study, "MPPS", (0.35, 0.5, 1.0))  # one of them not recorded yet
+    assert method_study.contrasts(said).equals(found)
     table = pd.concat([rows for rows, _ in points], ignore_index=True)
     fig = method_study.figure(table, found)
     titles = [ax.get_title() or ax.get_title("left") for ax in fig.axes[1:]]
     assert titles == ["centre\nidentity", "slide\ndependence", "robustness\nindex"]
+
+
+def test_the_floor_is_colour_and_texture_on_the_same_tiles(points):
+    slides = study.cohort("")
+    sets = magnification.recut(study.tiles(slides), slides, (0.5, 1.0))
+    wide = method_study.texture()
+    assert wide["file"].tolist() == points[0][1]["file"].tolist()
+    said = answers.read(wide.astype(str))
+    for mpp, tiles in sets.items():
+        own = linear(extract("colour+lbp", tiles)).balanced_accuracy
+        assert said[f"{TEXTURE} at {mpp:g}"][0].balanced_accuracy == pytest.approx(own)
+
+
+def test_looks_of_the_arms_are_points_of_their_runs(points):
+    found = method_study.looks([("DINO", 0), ("DINOv2", 0)])
+    assert list(found.columns) == unsupervised.POINT and set(found["run"]) == {"DINO-0", "DINOv2-0"}
+    assert found.groupby("run")["random"].sum().eq(1).all() and set(found["method"]) == {"dino", "dinov2"}
+
+
+def test_the_curve_is_over_the_better_floor_of_each_scale(points, monkeypatch):
+    monkeypatch.setattr(method_study, "COHORT", "embedded")
+    said = answers.read(method_study.together([*(wide for _, wide in points), method_study.texture()]).astype(str))
+    table = pd.concat([rows for rows, _ in points], ignore_index=True)
+    curve = method_study.curve(said, table)
+    assert curve.groupby("tile_mpp")["features"].apply(list).tolist() == 2 * [["DINO", "DINOv2", START, TEXTURE]]
+    new = study.on_centres(said, name="embedded")
+    for mpp, rows in curve.groupby("tile_mpp"):
+        rows = rows.set_index("features")
+        better = rows.loc[[START, TEXTURE], "balanced_accuracy"].idxmax()
+        gain = scores.paired(new[f"DINO at {mpp:g}"], new[f"{better} at {mpp:g}"])
+        assert rows.loc["DINO", ["gain", "gain_low", "gain_high"]].tolist() == pytest.approx(list(gain[:3]))
+        assert rows.loc["DINO", "verdict"] == gain.verdict and np.isnan(rows.loc[START, "gain"])
+        assert rows.loc["DINO", "effective_mpp"] > mpp and np.isnan(rows.loc[TEXTURE, "effective_mpp"])
+    fig = method_study.curve_figure(curve)
+    assert fig.axes[0].get_xticklabels()[0].get_text() == f"0.5\n({curve['effective_mpp'].min():g})"
+    assert len(fig.legends[0].get_texts()) == 4
 
 
 def made(arms=("DINO", "DINOv2"), seeds=3) -> pd.DataFrame:

@@ -156,6 +156,21 @@ def test_both_domains_are_measured_with_one_number_of_tiles(tmp_path, monkeypatc
     assert table["score"].tolist() == [0.7, 0.7, 0.6, 0.6] and set(table["method"]) == {"dinov2"}
 
 
+def test_correlations_stand_side_by_side_with_their_verdict():
+    rng = np.random.default_rng(0)
+    rising, noise = np.arange(8.0), rng.normal(size=8)
+    table = pd.concat([points(rising, rising), points(rising[:3], noise[:3]).assign(method="dinov2")])
+    table = pd.concat([table, points(rising, noise).assign(where="out")])
+    found = unsupervised.correlations(table)
+    assert found["verdict"].tolist()[:6] == ["positive", "negative", "", "", "undecided", "undecided"]
+    wide = unsupervised.beside(found)
+    assert list(wide.index) == [("in", 100), ("out", 100)]
+    assert wide.loc[("in", 100), ("dino", "RankMe")] == "rho +1.00 [+1.00, +1.00], 8 runs: positive"
+    assert wide.loc[("in", 100), ("dinov2", "RankMe")].endswith(", 3 runs")
+    assert wide.loc[("out", 100), ("dino", "ODCorr")].endswith("8 runs: undecided")
+    assert pd.isna(wide.loc[("out", 100), ("dinov2", "RankMe")])
+
+
 def test_the_figure_has_every_point_and_says_what_counts(style):
     table = pd.concat([points([1, 2, 3], [1, 2, 3]), points([9], [0], random=True), points([4, 5], [1, 2], "b")])
     fig = unsupervised.figure(table)

@@ -108,14 +108,14 @@ class Methods:
 
 @dataclass(frozen=True)
 class Domains:
-    """RankMe and ODCorr of what `methods` trained, in the domain and outside it; writes results/domains.csv"""
+    """RankMe and ODCorr of every checkpoint of `methods`, in the domain and outside; writes results/domains.csv"""
 
     seeds: list[int] = field(metadata={"nargs": "+", "type": int, "help": "of pretraining"})
 
     def __call__(self) -> None:
         from pathfm import domain_study
 
-        shown = ["network", "seed", "where", "n", "d", "rankme", "odcorr", "mean_r2"]
+        shown = ["network", "seed", "steps", "mpp", "where", "n", "d", "rankme", "rankme_share", "odcorr", "score"]
         print(domain_study.record(self.seeds)[shown].round(3).to_string(index=False))
 
 
