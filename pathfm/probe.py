@@ -204,7 +204,7 @@ def episodes(features: Features, shots: int = 16, n: int = 1000, seed: int = 0) 
     """`few_shot` of one number of shots as answers: each of n episodes is a fit, and the score is their mean's."""
     train, asked = _rows(features, "probe-train"), _rows(features, _reported(features), True)
     y = features.y
-    found = uni.episodes(features.x[train], y[train], features.x[asked], y[asked], shots, n, seed)
+    found = uni.episodes(Rows(features.x, train), y[train], Rows(features.x, asked), y[asked], shots, n, seed)
     settings = {"reported on": _reported(features), "shots": shots, "scores": found.scores.tolist()}
     answer = _prediction(features, f"few-shot-{shots}", asked, found.votes.argmax(axis=1), 0, settings)
     return replace(answer, table=answer.table.assign(right=found.votes[np.arange(len(y[asked])), y[asked]] / n))
@@ -217,7 +217,7 @@ def retrieved(features: Features, k: int = 5, seed: int = 0) -> Prediction:
     """
     train, asked = _rows(features, "probe-train"), _rows(features, _reported(features))
     y, settings = features.y, {"reported on": _reported(features), "metric": f"acc@{k}"}
-    hit, said = uni.hits(features.x[train], y[train], features.x[asked], y[asked], k)
+    hit, said = uni.hits(Rows(features.x, train), y[train], Rows(features.x, asked), y[asked], k)
     answer = _prediction(features, f"retrieval-{k}", asked, said, seed, settings)
     return replace(answer, table=answer.table.assign(right=hit[:, -1]))
 

@@ -150,7 +150,7 @@ def hits(key_x, key_y, query_x, query_y, k: int = 5) -> tuple[np.ndarray, np.nda
     key_x, query_x = centred(key_x, query_x)
     ids, cosines = nearest(key_x, query_x, k)
     found = np.maximum.accumulate(key_y[ids] == query_y[:, None], axis=1).astype(float)
-    lost = ~query_x.any(axis=1)
+    lost = np.concatenate([~block.any(axis=1) for _, block in query_x.blocks()])
     others = (key_y[None, :] != query_y[lost, None]).sum(axis=1, keepdims=True) - np.arange(found.shape[1])
     found[lost] = 1 - np.cumprod(np.maximum(others, 0) / (len(key_y) - np.arange(found.shape[1])), axis=1)
     return found, vote(ids, cosines, key_y)
