@@ -120,22 +120,24 @@ def _answer(tested: list[Features], trained: list[Features], fit: Callable) -> s
 
 
 def panel(ax: Axes, table: pd.DataFrame, chance: float | None = None) -> Axes:
-    """Score over effective mpp with its interval, a line a set of features; dashed where one scale was trained at.
+    """Score over the mpp of the test tiles with its interval, a line a set of features; dashed: trained at one scale.
 
     table   of one `curve` or of several put together, each with its own name
 
-    Where the effective mpp is not known (floors see the tile as it is), that of the tile stands for it.
+    Under an mpp stands in brackets what a network sees of it; floors see the tile as it is.
     """
     for name, rows in table.groupby("features", sort=False):
-        mpp = rows["mpp"].astype(float).fillna(rows["tile_mpp"])
+        mpp = rows["tile_mpp"]
         style = "o--" if rows["trained_at"].nunique() < len(rows) else "o-"
         ax.plot(mpp, rows["balanced_accuracy"], style, ms=4, color=method_colour(name), label=name)
         ax.fill_between(mpp, rows["low"], rows["high"], color=method_colour(name), alpha=0.15, lw=0)
     if chance is not None:
         ax.axhline(chance, color="0.6", lw=0.9, ls="--")
-    shown = sorted(table["mpp"].astype(float).fillna(table["tile_mpp"]).round(3).unique())
-    ax.set(xscale="log", ylim=(0, 1), xlabel="effective µm per pixel of the test tiles", ylabel="balanced accuracy")
-    ax.set_xticks(shown, [f"{mpp:g}" for mpp in shown], fontsize=7)
+    label = "µm per pixel of the test tiles\n(in brackets: of what the network sees)"
+    ax.set(xscale="log", ylim=(0, 1), xlabel=label, ylabel="balanced accuracy")
+    seen = table.assign(mpp=table["mpp"].astype(float)).groupby("tile_mpp")["mpp"].max()
+    ticks = [f"{tile:g}" + ("" if np.isnan(mpp) else f"\n({mpp:.3g})") for tile, mpp in seen.items()]
+    ax.set_xticks(seen.index, ticks, fontsize=7)
     ax.minorticks_off()
     return ax
 
