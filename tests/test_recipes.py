@@ -206,5 +206,14 @@ def test_the_pairs_of_trials_in_notebook_03_are_all_that_differ_in_one_setting_a
     for one, other, *gains in rows:
         assert gains == [f"{100 * trials['gain_seed12'][trial]:.1f}" for trial in (one, other)]
         assert len(differing(one, other)) <= 3, differing(one, other)
-    single = {frozenset(pair) for pair in itertools.combinations(settings, 2) if len(differing(*pair)) == 1}
+    late = [f"l{k}" for k in range(22)]  # DINOv2's, one change a trial
+    early = itertools.combinations([trial for trial in settings if trial not in late], 2)
+    single = {frozenset(pair) for pair in early if len(differing(*pair)) == 1}
     assert len(single) == 8 and single <= {frozenset(row[:2]) for row in rows}
+    changes = {trial: len(differing("k4" if trial in ("l20", "l21") else "l1", trial)) for trial in late}
+    assert changes == dict.fromkeys(late, 1) | {"l1": 0, "l5": 2, "l13": 2}
+    gains = 100 * trials["gain_seed12"]
+    others = gains[late[2:20]]
+    assert f"{others.min():.1f} to {others.max():.1f} points\nin 200 steps where l1 has {gains['l1']:.1f}" in text
+    best = f"{gains['l20']:.1f} and {gains['l21']:.1f} in 600 steps where k4 has {gains['k4']:.1f}"
+    assert best in text and {others.idxmax(), others.drop("l4").idxmax()} == {"l4", "l17"}
