@@ -209,7 +209,7 @@ def test_one_task_has_no_ranks(results, tmp_path):
     rows = [leaderboard.row_of([answered(0.9, name=name)], name, "none", "mine") for name in "ab"]
     leaderboard.record(rows)
     written = {path.name for path in board.write(tmp_path / "board", "linear")}
-    assert written == {"rows.csv", "linear.csv", "linear.tex", "linear.svg"}
+    assert written == {"rows.csv", "linear.csv", "linear.tex", "linear.png"}
 
 
 def test_a_row_has_its_scale_and_its_caveat(results):

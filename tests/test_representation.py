@@ -166,10 +166,10 @@ def test_embeddings_are_of_pixels_and_of_every_network(stream):
         assert np.allclose(found[name].x, expected, atol=1e-4)
 
 
-def test_a_map_for_every_embedding_and_grouping():
+def test_a_map_for_every_embedding_and_grouping(style):
     rng, by = np.random.default_rng(0), {"class": np.array(list("aabb")), "block": np.array(list("xyxy"))}
     fig = panels.group_maps({name: rng.normal(size=(4, 2)) for name in ("one", "two")}, by)
-    titles = [ax.get_title() for ax in fig.axes]
+    titles = [ax.get_title(loc="left") for ax in fig.axes]
     assert titles == ["one, by class", "one, by block", "two, by class", "two, by block"]
     assert [ax.get_legend() is not None for ax in fig.axes] == [False, False, True, True]
     plt.close(fig)

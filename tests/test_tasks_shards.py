@@ -57,7 +57,8 @@ def test_the_index_of_a_backbone_is_the_same_from_shards_and_from_pictures(tmp_p
         found = shards.encoded(tiles.table.loc[[row.Index]])[0]
         (tmp_path / "pictures" / f"{row.file}.png").write_bytes(found)
     one, other = (evaluation.robustness(folder, task, tmp_path, tmp_path / images) for images in ("data", "pictures"))
-    assert one == other and 0 <= one["score"] <= 1 and one["n_tiles"] == len(table) == 64
+    assert one.row == other.row and 0 <= one.row["score"] <= 1 and one.row["n_tiles"] == len(table) == 64
+    pd.testing.assert_frame_equal(one.table, other.table)
 
 
 def test_a_tile_that_does_not_decode_is_quarantined(tmp_path):
