@@ -14,9 +14,9 @@ from typing import NamedTuple
 import imagecodecs
 import numpy as np
 import simplejpeg
-from numba import njit
 
 from pathfm import turbojpeg
+from pathfm.kernels import kernel
 
 CODECS = ("jpeg", "jpeg2000", "lzw", "deflate", "uncompressed")
 COLOURS = ("RGB", "YCbCr")
@@ -127,7 +127,7 @@ def whole_jpeg(data: bytes, how: Recipe) -> bytes:
     return out[: joined(head, how.as_it_is, body, out)].tobytes()
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def joined(head, as_it_is, data, out):
     """Write `whole_jpeg` to `out`, which has room for head and data; its length. All uint8; head, as_it_is of Recipe.
 
@@ -249,7 +249,7 @@ _GREEN_CB = np.round(65536 * (0.5 - 0.34414 * _CHROMA)).astype(np.int32)
 _GREEN_CR = np.round(65536 * -0.71414 * _CHROMA).astype(np.int32)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _rgb_of(ycbcr: np.ndarray) -> np.ndarray:
     """YCbCr of JPEG (full range, ITU-R BT.601) as RGB, rounded as OpenSlide rounds it; (h, w, 3) uint8."""
     out = np.empty_like(ycbcr)

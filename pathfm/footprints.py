@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numba import njit
 
+from pathfm.kernels import kernel
 from pathfm.positions import BLOCKS, covered_box, extent, summarise
 from pathfm.scales import DECIMALS, Continuous, Values
 from pathfm.slide import MAX_UPSAMPLE, MPP_TOLERANCE, plan_read
@@ -74,7 +74,7 @@ def _tuples(column: pd.Series, kind: type) -> np.ndarray:
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _seen(words, masks, size):
     """Extent, blocks and reach of every mask."""
     found, reach = np.empty((len(masks), 4), np.int64), np.empty(len(masks), np.int64)

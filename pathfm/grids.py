@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-from numba import njit
 
 from pathfm import scales
 from pathfm.errors import InputError
 from pathfm.footprints import Tiling, slides_of, spots
 from pathfm.index import SlideIndex
+from pathfm.kernels import kernel
 from pathfm.positions import SLACK, covered, span
 from pathfm.slide import MAX_UPSAMPLE
 from pathfm.stream import Tile, TileName, TileStream
@@ -111,7 +111,7 @@ class Grid:
 GRID_SETTINGS = ("slides", "tile_px", "mpp", "min_tissue", "max_upsample", "resample")
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _with_tissue(words, start, stride, cell, xs, ys, side, min_tissue):
     """x, y and tissue share of the squares at every (x, y) that have at least min_tissue."""
     most = len(xs) * len(ys)

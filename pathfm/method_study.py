@@ -1,9 +1,9 @@
-"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv, methods_arms.csv (answers) and
-methods_watches.csv (looks while training) hold."""
+"""DINO against DINOv2 on the synthetic cohort `study`: what results/methods.csv, ANSWERS and methods_watches.csv (looks
+while training) hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ from pathfm.errors import InputError
 from pathfm.features import Features, extract, pools, random_twin
 from pathfm.pretrain import Run
 from pathfm.probe import FLOOR_NAMES, linear
-from pathfm.runs import notebooks_dir, stamp, write_results
+from pathfm.runs import notebooks_dir, read_results, results_dir, stamp, write_results
 from pathfm.scores import Prediction
 
 COHORT = "study"
@@ -34,6 +34,11 @@ ARMS = {
     "DINOv2": ("dinov2-demo", STEPS),
     "DINOv2, equal FLOPs": ("dinov2-demo", 1130),
 }
+# The same question after the longest runs, at as many tiles; added when those of ARMS had been seen.
+LONGEST = {
+    "DINO, longest": ("demo", 2 * STEPS),
+    "DINOv2, longest": ("dinov2-demo", 2 * STEPS),
+}
 # Written before any run on `study`.
 QUESTION = "Does DINOv2 know more of tissue classes than DINO, on centres that neither saw?"
 PRIMARY = (
@@ -43,13 +48,14 @@ PRIMARY = (
 )
 PRIMARY_MPP = 0.5
 START = "start"
+ANSWERS = "methods_arms.csv"
 TEXTURE = FLOOR_NAMES["colour+lbp"]
 KNOWN = ("new_centres", "robustness_index", "centre_identity", "slide_dependence")
 
 
 def trained(arm: str, seed: int) -> Run:
     """The run of one arm in runs/methods, which goes on where it was stopped."""
-    recipe, steps = ARMS[arm]
+    recipe, steps = {**ARMS, **LONGEST}[arm]
     folder = notebooks_dir().parent / "runs" / "methods" / f"{'-'.join(arm.replace(',', '').split())}-{seed}"
     return study.pretrained(study.cohort(COHORT), study.config(recipe, steps=steps, seed=seed), folder=str(folder))
 
@@ -132,17 +138,51 @@ def looks(points: Sequence[tuple[str, int]]) -> pd.DataFrame:
     return found.assign(run=[Path(run).name for run in found["run"]])
 
 
-def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1) -> pd.DataFrame:
-    """Runs every arm with every seed, `workers` at a time, one thread each; writes the three files of results/."""
+def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1, arms: Sequence[str] = ()) -> pd.DataFrame:
+    """Runs arms with every seed, `workers` at a time, one thread each; writes the three files of results/.
+
+    arms  some of ARMS and LONGEST; all when empty. What is recorded of others stays as it is
+
+    Raises InputError for another arm.
+    """
+    unknown = sorted({*arms} - {*ARMS, *LONGEST})
+    if unknown:
+        raise InputError(f"no arm is called '{unknown[0]}'; there are: {'; '.join((*ARMS, *LONGEST))}")
     floor = texture()  # which draws the tiles before the workers want them
-    points = [(arm, seed) for arm in ARMS for seed in seeds]
+    points = [(arm, seed) for arm in arms or (*ARMS, *LONGEST) for seed in seeds]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         found = list(pool.map(point, *zip(*points, strict=True)))
-    table = pd.concat([rows for rows, _ in found], ignore_index=True)
+    table = beside_others("methods", pd.concat([rows for rows, _ in found]), ["arm", "seed"])
+    seen = beside_others("methods_watches", looks(points).assign(**stamp()), ["run"])
+    said = with_recorded(together([*(wide for _, wide in found), floor]))
     path = write_results("methods", table)
-    answers.write_table(path.with_name("methods_arms.csv"), together([*(wide for _, wide in found), floor]))
-    write_results("methods_watches", looks(points).assign(**stamp()))
+    answers.write_table(path.with_name(ANSWERS), said)
+    write_results("methods_watches", seen)
     return table
+
+
+def beside_others(name: str, rows: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    """`rows`, after those of results/<name>.csv that have another key."""
+    old, _ = read_results(name)
+    if not old.empty:
+        again = old.set_index(key).index.isin(rows.set_index(key).index)
+        rows = pd.concat([old[~again], rows])
+    return rows.reset_index(drop=True)
+
+
+def with_recorded(wide: pd.DataFrame) -> pd.DataFrame:
+    """Answers beside those that results/ has of other arms, by `together`.
+
+    Raises InputError where those are of other tiles.
+    """
+    path = results_dir() / ANSWERS
+    if not path.is_file():
+        return wide
+    old = pd.read_csv(path, dtype=str)
+    if list(old["file"]) != list(wide["file"]):
+        raise InputError(f"{path} is of other tiles than these; move it away, and record every arm")
+    every = together([wide, old])
+    return every[[*old, *(name for name in every if name not in old)]]
 
 
 def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -153,18 +193,19 @@ def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return whole
 
 
-def contrasts(said: dict[str, list[Prediction]]) -> pd.DataFrame:
+def contrasts(said: dict[str, list[Prediction]], arms: Sequence[str] = ()) -> pd.DataFrame:
     """A row a contrast and mpp of the test tiles that was recorded, on centres without any pretraining slide.
 
-    The gain of each arm over its start, and each arm against DINO.
+    The gain of each arm over its start, and each arm against the first.
 
     said   of `study.recorded_answers("methods", "arms")`
+    arms   ARMS when empty
     """
-    said = study.on_centres(said, name=COHORT)
+    said, arms = study.on_centres(said, name=COHORT), list(arms or ARMS)
     rows = []
     for mpp in (mpp for mpp in MPPS if f"{START} at {mpp:g}" in said):
-        for arm in ARMS:
-            for other in (START, *(["DINO"] if arm != "DINO" else [])):
+        for arm in arms:
+            for other in (START, *([arms[0]] if arm != arms[0] else [])):
                 found = scores.paired(said[f"{arm} at {mpp:g}"], said[f"{other} at {mpp:g}"])
                 rows.append({"contrast": f"{arm} minus {other}", "mpp": mpp, **found._asdict()})
     return pd.DataFrame(rows)
@@ -177,32 +218,33 @@ def curve(said: dict[str, list[Prediction]], table: pd.DataFrame) -> pd.DataFram
     `scores.scores`: score with interval, and of an arm the gain over the better floor at that mpp, with verdict.
 
     said   of `study.recorded_answers("methods", "arms")`
-    table  of results/methods.csv, which knows the effective mpp
+    table  of results/methods.csv, which knows the effective mpp; its arms are shown
     """
-    said, parts = study.on_centres(said, name=COHORT), []
+    said, parts, arms = study.on_centres(said, name=COHORT), [], tuple(table["arm"].unique())
     for mpp, rows in table.groupby("mpp"):
-        several = {name: said[f"{name} at {mpp:g}"] for name in (*ARMS, START, TEXTURE)}
-        every = [replace(one, name=name, floor=name not in ARMS) for name, runs in several.items() for one in runs]
+        several = {name: said[f"{name} at {mpp:g}"] for name in (*arms, START, TEXTURE)}
+        every = [replace(one, name=name, floor=name not in arms) for name, runs in several.items() for one in runs]
         scored = scores.scores(every).drop(columns="mpp")
         seen = scored["features"].map(lambda name, of=rows["effective_mpp"].iloc[0]: np.nan if name == TEXTURE else of)
         parts.append(scored.assign(tile_mpp=mpp, effective_mpp=seen))
     return pd.concat(parts, ignore_index=True)
 
 
-def shares(said: dict[str, list[Prediction]], oracle: Prediction) -> pd.DataFrame:
+def shares(said: dict[str, list[Prediction]], oracle: Prediction, arms: Sequence[str] = ()) -> pd.DataFrame:
     """How much of the way from START to the oracle each arm goes at PRIMARY_MPP, on the new centres; a row an arm.
 
     said    of `study.recorded_answers("methods", "arms")`
     oracle  a forest's answers on the generator's truth under each tile of PRIMARY_MPP, of the recorded pretraining.
             The arms were tested on those of its sites that every mpp can serve, and they alone count here; it learnt
             from all sites of probe-train, also those that a coarse tile cannot have
+    arms    ARMS when empty
 
     Raises InputError where the oracle did not answer a tile, or knows another class for it.
     """
     said = study.on_centres(said, name=COHORT)
     start = said[f"{START} at {PRIMARY_MPP:g}"]
     top = asked_alone(oracle, start[0].table["file"])
-    rows = {arm: scores.share_closed(said[f"{arm} at {PRIMARY_MPP:g}"], start, top)._asdict() for arm in ARMS}
+    rows = {arm: scores.share_closed(said[f"{arm} at {PRIMARY_MPP:g}"], start, top)._asdict() for arm in arms or ARMS}
     return pd.DataFrame(rows).T.rename_axis("arm").assign(n_tiles=len(top.table), oracle=top.balanced_accuracy)
 
 
@@ -237,23 +279,33 @@ def rises(table: pd.DataFrame) -> pd.DataFrame:
     return up.groupby(["arm", "mpp"], sort=False).sum()
 
 
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each arm of a table: one a method, and one for as many FLOPs."""
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    order = list(ARMS)
+    return {name: cycle[order.index(name.removesuffix(", longest"))] for name in names}
+
+
 def curve_figure(curve: pd.DataFrame) -> Figure:
     """Scores over mpp with their intervals, and the gain of each arm over the better floor at that mpp.
 
+    The longest runs have filled marks where there are others.
+
     curve  of `curve`
     """
-    arms = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    colours = {**arms, START: panels.method_colour("random weights"), TEXTURE: "0.5"}
+    named = list(curve["features"].unique())
+    arms = colours(name for name in named if name not in (START, TEXTURE))
+    every = {**arms, START: panels.method_colour("random weights"), TEXTURE: "0.5"}
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.9, 3.2))
-    for name, colour in colours.items():
+    for name, colour in every.items():
         rows = curve[curve["features"] == name]
-        left.plot(rows["tile_mpp"], rows["balanced_accuracy"], "o-" if name in arms else "o--", ms=3.5, color=colour)
+        left.plot(rows["tile_mpp"], rows["balanced_accuracy"], color=colour, **marks(name, arms))
         left.fill_between(rows["tile_mpp"], rows["low"], rows["high"], color=colour, alpha=0.12, lw=0)
     for k, (arm, colour) in enumerate(arms.items()):
         rows = curve[curve["features"] == arm]
         error = 100 * np.array([rows["gain"] - rows["gain_low"], rows["gain_high"] - rows["gain"]])
-        beside = rows["tile_mpp"] * 1.06 ** (k - 1)  # so that intervals stand side by side
-        right.errorbar(beside, 100 * rows["gain"], error, fmt="o", ms=3.5, lw=1.2, color=colour)
+        beside = rows["tile_mpp"] * 1.06 ** (k - (len(arms) - 1) / 2)  # so that intervals stand side by side
+        right.errorbar(beside, 100 * rows["gain"], error, lw=1.2, color=colour, **{**marks(arm, arms), "ls": ""})
     panels.level(left, y=1 / curve["n_classes"].iloc[0])
     panels.level(right, y=0)
     left.set(ylim=(0, 1), ylabel="balanced accuracy\n(dashed: chance)")
@@ -264,21 +316,28 @@ def curve_figure(curve: pd.DataFrame) -> Figure:
         ax.set_xticks(scales.index, [f"{mpp:g}\n({seen:g})" for mpp, seen in scales.items()], fontsize=7)
         ax.minorticks_off()
     names = {START: "random weights (their start)"}
-    handles = [plt.Line2D([], [], color=c, marker="o", ms=4, ls="-" if n in arms else "--") for n, c in colours.items()]
-    fig.legend(handles, [names.get(name, name) for name in colours], loc="outside lower center", ncols=3)
+    handles = [plt.Line2D([], [], color=colour, **marks(name, arms)) for name, colour in every.items()]
+    fig.legend(handles, [names.get(name, name) for name in every], loc="outside lower center", ncols=3)
     return fig
+
+
+def marks(name: str, arms: Iterable[str]) -> dict:
+    """How an arm is drawn, or a floor: dashed. The longest runs are filled where there are others beside them."""
+    longest = [arm for arm in arms if arm in LONGEST]
+    hollow = name in arms and bool(longest) and name not in longest
+    return {"marker": "o", "ms": 3.5, "ls": "-" if name in arms else "--"} | ({"mfc": "white"} if hollow else {})
 
 
 def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Gains over the start at every mpp with their intervals, and what the features know of centres before and after.
 
-    table  of results/methods.csv;  found  of `contrasts`
+    table  of results/methods.csv, of the arms to show;  found  of `contrasts` of these
     """
     fig, axes = plt.subplots(1, 4, figsize=(6.9, 2.6), width_ratios=(2, 1, 1, 1))
-    colours = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    for k, (arm, colour) in enumerate(colours.items()):
+    arms = colours(table["arm"].unique())
+    for k, (arm, colour) in enumerate(arms.items()):
         rows = found[found["contrast"] == f"{arm} minus {START}"]
-        at = np.arange(len(rows)) + 0.18 * (k - 1)
+        at = np.arange(len(rows)) + 0.18 * (k - (len(arms) - 1) / 2)
         error = 100 * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
         axes[0].errorbar(at, 100 * rows["value"], error, fmt="o", ms=4, color=colour, label=arm)
     axes[0].set_xticks(range(found["mpp"].nunique()), [f"{mpp:g}" for mpp in found["mpp"].unique()])
@@ -286,11 +345,11 @@ def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     panels.level(axes[0], y=0)
     at = table[table["mpp"] == PRIMARY_MPP]
     for ax, column in zip(axes[1:], ("centre_identity", "slide_dependence", "robustness_index"), strict=True):
-        for arm, colour in colours.items():
+        for arm, colour in arms.items():
             for _, run in at[at["arm"] == arm].groupby("seed"):
                 ax.plot([0, 1], run.set_index("when").loc[[START, "end"], column], "o-", ms=3, color=colour, alpha=0.7)
         ax.set(title=column.replace("_", "\n"), xlim=(-0.3, 1.3))
         ax.set_xticks([0, 1], [START, "end"])
     panels.level(axes[1], y=float(at["centre_chance"].iloc[0]))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     return fig

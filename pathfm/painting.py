@@ -6,9 +6,10 @@ Two threads that met at that lock for every tile gained next to nothing.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from pathfm.decode import joined
+from pathfm.kernels import kernel
 from pathfm.resample import resample
 from pathfm.turbojpeg import WHOLE, part, pointer
 
@@ -50,7 +51,7 @@ READY = np.dtype(
 )
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def paint(calls, pieces, data, ready, images, stream, tile, scratch):
     """Fill images; the number of the first piece whose JPEG is damaged, or -1.
 
@@ -76,7 +77,7 @@ def paint(calls, pieces, data, ready, images, stream, tile, scratch):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _paste(calls, pieces, data, ready, image, stream, tile, canvas):
     """Bring an image's pieces onto the canvas, white beyond them; the number of a damaged one, or -1."""
     covered = 0
@@ -106,7 +107,7 @@ def _paste(calls, pieces, data, ready, image, stream, tile, canvas):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _fade(image, canvas):
     """Let the level's last column and row be white by the share of them that lies beyond the level."""
     column, row = image.level_width // image.scale - image.x, image.level_height // image.scale - image.y
@@ -118,7 +119,7 @@ def _fade(image, canvas):
         _whiten(canvas[row], share)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _whiten(line, share):
     for i in range(line.shape[0]):
         for c in range(3):

@@ -4,14 +4,15 @@ easy as 1, 2, 3"). The lower half of the counter is a tile's number or a round's
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from pathfm.kernels import kernel
 
 ROUNDS = 40  # of swap-or-not; each halves what is left of the order before
 SLIDE, MPP, PLACE, RANK, PAIR, KEEP, START = (np.uint64(k << 32) for k in range(7))  # purposes
 _LOW, _HALF, _ONE = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def philox(key: np.uint64, low: np.uint64, high: np.uint64):
     """Two 64-bit random words for a 64-bit key and a 128-bit counter (low, high)."""
     c0, c1, c2, c3 = low & _LOW, low >> _HALF, high & _LOW, high >> _HALF
@@ -23,13 +24,13 @@ def philox(key: np.uint64, low: np.uint64, high: np.uint64):
     return c0 | (c1 << _HALF), c2 | (c3 << _HALF)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def fair(word: np.uint64, number: np.uint64) -> bool:
     """Whether word % number is unbiased: the first 2^64 mod number words are redrawn."""
     return word >= (np.uint64(0) - number) % number
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def below(key, i, purpose, number):
     """A whole number in [0, number), every one equally likely."""
     counter, number = purpose, np.uint64(number)
@@ -40,14 +41,14 @@ def below(key, i, purpose, number):
     return np.int64(word % number)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def unit(key, i, purpose) -> float:
     """A number in [0, 1) with 53 random bits."""
     word, _ = philox(key, i, purpose)
     return np.float64(np.int64(word >> np.uint64(11))) * 2.0**-53
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def permuted(key, turn, j, number):
     """Where j goes in permutation number `turn` of range(number).
 

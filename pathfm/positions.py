@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from pathfm.kernels import kernel
 
 SLACK = 1e-9  # of the square's area: a position at exactly min_tissue stays in whatever the rounding
 BLOCKS = 64  # of a summary, across and down: a word a row
@@ -67,7 +68,7 @@ def kth(
     return int(found[1]), int(found[2])
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _bits(word: np.uint64) -> np.int64:
     word = word - ((word >> _ONE) & np.uint64(0x5555555555555555))
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
@@ -75,7 +76,7 @@ def _bits(word: np.uint64) -> np.int64:
     return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _bits_between(words, start, first, stop) -> np.int64:
     """How many of the bits first..stop-1 of the row that begins at words[start] are set."""
     if stop <= first:
@@ -91,13 +92,13 @@ def _bits_between(words, start, first, stop) -> np.int64:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def covered(words, start, stride, cell, x, y, side) -> float:
     """Tissue under the square at (x, y), read from the packed mask whose rows begin `stride` words apart."""
     return covered_box(words, start, stride, cell, x, y, side, side)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def covered_box(words, start, stride, cell, x, y, across, down) -> float:
     """`covered` for a rectangle."""
     right, bottom = x + across, y + down
@@ -116,7 +117,7 @@ def covered_box(words, start, stride, cell, x, y, across, down) -> float:
     return area
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def summarise(words, start, stride, width, height, out):
     """Sets bit i of out[j], (BLOCKS,) uint64, where block (i, j) of a packed mask has tissue; returns a block's cells.
 
@@ -137,7 +138,7 @@ def summarise(words, start, stride, width, height, out):
     return block
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def at_most(blocks, reach, x, y, side) -> float:
     """What `covered` does not exceed: the square's area over blocks with tissue, `reach` level-0 px wide."""
     right, bottom = x + side, y + side
@@ -153,7 +154,7 @@ def at_most(blocks, reach, x, y, side) -> float:
     return area
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def extent(words, start, stride, height):
     """The box of a packed mask's tissue in cells: left, top, right, bottom; all 0 where there is none."""
     left, top, right, bottom = stride * 64, -1, 0, 0
@@ -177,13 +178,13 @@ def extent(words, start, stride, height):
     return (left, top, right, bottom) if bottom else (0, 0, 0, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _lowest(word: np.uint64) -> np.int64:
     """The number of the lowest bit that is set."""
     return _bits((word & (~word + _ONE)) - _ONE)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _highest(word: np.uint64) -> np.int64:
     """The number of the highest bit that is set."""
     k = 0
@@ -193,7 +194,7 @@ def _highest(word: np.uint64) -> np.int64:
     return k
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _sum_to(sums, cell, x, y) -> float:
     """Tissue left of x and above y."""
     i, j = min(int(x // cell), sums.shape[1] - 2), min(int(y // cell), sums.shape[0] - 2)
@@ -204,7 +205,7 @@ def _sum_to(sums, cell, x, y) -> float:
     return cell * (cell * here + u * along + v * down) + u * v * cross
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _area(sums, cell, x, y, width, height) -> float:
     right, bottom = x + width, y + height
     return (
@@ -215,7 +216,7 @@ def _area(sums, cell, x, y, width, height) -> float:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _segments(first, number, cell, side, grid):
     """Starts k >= first of runs of positions grid * k whose two ends stay within the same cells, `number` last."""
     starts = [first]
@@ -229,7 +230,7 @@ def _segments(first, number, cell, side, grid):
     return np.array(starts)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _row(sums, cell, side, grid, need, y, k0, k1):
     """The admissible run (first k, one past the last) of a row on which the area is monotone in k."""
     begins = _area(sums, cell, grid * k0, y, side, side) >= need
@@ -246,7 +247,7 @@ def _row(sums, cell, side, grid, need, y, k0, k1):
     return (k0, high) if begins else (high, k1)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def search(sums, cell, columns, rows, side, grid, need, wanted, left=0, top=0):
     """(number of admissible positions, -1, -1), or (.., x, y) of number `wanted` where that is not negative.
 

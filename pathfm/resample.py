@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from pathfm.kernels import kernel
 
 REACH = 2  # output pixels to either side, of the filter
 STRIP = 32  # rows resampled together
@@ -19,7 +20,7 @@ def extent(start: float, step: float, number: int) -> tuple[int, int]:
     return math.floor(first - 0.5) + 1, math.ceil(last - 0.5)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def resample(source: np.ndarray, left: float, top: float, step: float, out: np.ndarray) -> np.ndarray:
     """Fill out (h, w, 3) uint8 from source (H, W, 3) uint8 at `step` source pixels per output pixel, and return it.
 
@@ -39,7 +40,7 @@ def resample(source: np.ndarray, left: float, top: float, step: float, out: np.n
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _weights(start, step, number, length):
     """(first source pixel (number,), weights (number, taps) float32) of each output pixel."""
     stretch = max(step, 1.0)
@@ -66,7 +67,7 @@ def _weights(start, step, number, length):
     return first, weights
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _alike(first, weights):
     """Whether every output pixel is the same sum of its neighbours: at a step of 1."""
     for i in range(1, len(first)):
@@ -78,7 +79,7 @@ def _alike(first, weights):
     return True
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _shift(source, first_x, weights_x, first_y, weights_y, out):
     """`_apply` where all pixels of a row have the same weights: both passes are sums of whole lines."""
     (height, width), (rows, columns) = source.shape[:2], out.shape[:2]
@@ -95,7 +96,7 @@ def _shift(source, first_x, weights_x, first_y, weights_y, out):
             pixels[r, n] = np.int32(min(max(sums[n], np.float32(0)), np.float32(255)))
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _apply(source, first_x, weights_x, first_y, weights_y, out):
     """Down the columns, then along the rows, both as sums of whole lines, which the processor adds eight at a time.
 
@@ -128,7 +129,7 @@ def _apply(source, first_x, weights_x, first_y, weights_y, out):
                 out[top + r, i, 2] = pixels[i, 3 * r + 2]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _down(line, lines, first, weights):
     """Fill `line` with the weighted sum of lines from `first` on."""
     line[:] = 0.5  # rounds to the nearest
@@ -137,14 +138,14 @@ def _down(line, lines, first, weights):
             _add(line, weights[k], lines[first + k])
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _add_strip(sums, weight, values):
     """`_add` for STRIP pixels: in half the time, for its length is known when it is compiled."""
     for n in range(STRIP * 3):
         sums[n] += weight * values[n]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _add(sums, weight, values):
     for n in range(len(sums)):
         sums[n] += weight * np.float32(values[n])

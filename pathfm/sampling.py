@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pathfm.audit import audit
 from pathfm.errors import InputError
 from pathfm.footprints import Listed, Ranged, Slides, footprint
+from pathfm.kernels import kernel
 from pathfm.philox import KEEP, MPP, PAIR, PLACE, RANK, START, below, fair, permuted, philox, unit
 from pathfm.positions import SLACK, at_most, covered, integral, least_area, search, unpack
 
@@ -36,7 +36,7 @@ class Heat(NamedTuple):
 NO_HEAT = Heat(np.zeros(0, np.float32), np.zeros((0, 4), np.int64), np.zeros(0))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def choose(numbers, key, order, ends, names, tiles_per_slide, slide, keys):
     """Fill in slide (n,), and keys (n, 2): the key and counter from which the tile's mpp and position are drawn."""
     slides = len(names)
@@ -54,7 +54,7 @@ def choose(numbers, key, order, ends, names, tiles_per_slide, slide, keys):
         slide[n], keys[n, 0], keys[n, 1] = s, own, at
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def chances(keys, purpose):
     """(n,) numbers in [0, 1), one of each key and counter."""
     u = np.empty(len(keys))
@@ -63,7 +63,7 @@ def chances(keys, purpose):
     return u
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def propose(key, i, redraw, words, masks, blocks, reach, box, grid, side, min_tissue, values, heat, top):
     """(x, y, tissue fraction) of the first of TRIES uniform proposals that is taken, or x = -1.
 
@@ -94,7 +94,7 @@ def propose(key, i, redraw, words, masks, blocks, reach, box, grid, side, min_ti
     return -1, -1, 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def place(
     keys, redraw, slide, words, masks, blocks, reach, box, grid, side, min_tissue, values, heat, tops, x, y, tissue
 ):
@@ -108,13 +108,13 @@ def place(
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _edge(centre, side, grid):
     """The first k >= 0 such that a square at grid * k has its centre at `centre` or beyond."""
     return max(0, np.int64(np.ceil((centre - side / 2) / grid)))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def weigh(sums, cell, columns, rows, side, grid, need, values, heat):
     """(h * w,) weight times number of admissible positions whose centre lies in each cell of a map."""
     start, height, width, block = heat

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pathfm import stores
 from pathfm.buffers import room
 from pathfm.errors import InputError
+from pathfm.kernels import kernel
 from pathfm.storage import BlockFile
 from pathfm.stores import Patience
 
@@ -319,7 +319,7 @@ def merged(files: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np
     return own, spans
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _merged(files, starts, stops, gap, waste, longest):
     own, spans, w = np.empty(len(files), np.int64), np.empty((len(files), 4), np.int64), -1
     for k in range(len(files)):

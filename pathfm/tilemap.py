@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from pathfm.kernels import kernel
 
 BLOCK = 64
 LEVEL = np.dtype(
@@ -182,7 +183,7 @@ def load(folder: Path) -> TileMap:
 FILES = tuple(f"tilemap.{name}" for name in TileMap._fields)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _put(codes, at, value, width):
     """Write a number of `width` bits, the lowest first, from bit `at` on; returns where the next one goes."""
     while width > 0:
@@ -192,7 +193,7 @@ def _put(codes, at, value, width):
     return at
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _get(codes, at, width):
     """The number of `width` bits at bit `at`."""
     value, found = np.int64(0), 0
@@ -203,7 +204,7 @@ def _get(codes, at, width):
     return value
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _pack(lengths, gaps, ranks, bits, anchors, codes):
     """Fill codes and where in them each block begins; returns where the ranks do.
 
@@ -224,7 +225,7 @@ def _pack(lengths, gaps, ranks, bits, anchors, codes):
     return start
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _locate(level, anchors, codes, number):
     """(offset, length) of a level's compressed tile. A distance is stored twice its size, less 1 where it is back."""
     length_bits, gap_bits, rank_bits = np.int64(level.length_bits), np.int64(level.gap_bits), np.int64(level.rank_bits)
@@ -285,7 +286,7 @@ def cover(tiles: TileMap, wanted: np.ndarray) -> np.ndarray:
     return _cover(tiles.levels, tiles.anchors, tiles.codes, wanted).view(PIECE)[:, 0]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _cover(levels, anchors, codes, wanted):
     """`cover`, (P, 12) int64: the fields of PIECE."""
     most = 0
@@ -315,7 +316,7 @@ def _cover(levels, anchors, codes, wanted):
     return pieces[:used]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _reach(level, wanted):
     """First and one past the last column and row of compressed tiles that a rectangle has pixels of the level in."""
     scale = wanted[1]
@@ -323,7 +324,7 @@ def _reach(level, wanted):
     return across, _span(wanted[3], wanted[5], -(-level.height // scale), level.tile_height // scale)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _span(start, number, length, tile):
     """First and one past the last tile of an axis of `length` pixels for `number` pixels from `start` on."""
     first, stop = max(start, 0), min(start + number, length)

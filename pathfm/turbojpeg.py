@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from pathfm.kernels import kernel
 
 DECOMPRESS, RGB = 1, 0  # TJINIT_DECOMPRESS, TJPF_RGB
 STOP_ON_WARNING, SUBSAMPLING, WIDTH, HEIGHT, PROGRESSIVE = 0, 4, 5, 6, 12  # TJPARAM_
@@ -118,7 +120,7 @@ def pointer(context, address):
     return types.CPointer(types.uint8)(types.int64), generate
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def part(calls, stream, width, height, scale, left, top, right, bottom, buffer):
     """(status, x, y, across, down): `buffer` holds across x down pixels from (x, y) on, the box among them.
 
@@ -142,7 +144,7 @@ def part(calls, stream, width, height, scale, left, top, right, bottom, buffer):
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _decoded(calls, decoder, stream, width, height, scale, left, top, right, bottom, buffer):
     """`part` with this decoder."""
     data, length = np.int64(stream.ctypes.data), np.int64(len(stream))
@@ -168,12 +170,12 @@ def _decoded(calls, decoder, stream, width, height, scale, left, top, right, bot
     return WHOLE, x, y, across, down
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _get(calls, decoder, parameter):
     return np.int64(np.int32(_call(calls[3], (decoder, parameter))))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _ends(stream):
     """Whether the mark of the end is there: where it is not, what is missing must be found out."""
     ends = False

@@ -1,5 +1,7 @@
 """DINO against DINOv2: what its arms do is what they say, and a small run of them reads back."""
 
+import builtins
+import contextlib
 import itertools
 import sys
 from dataclasses import replace
@@ -9,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pathfm import InputError, answers, magnification, method_study, scores, study, unsupervised
+from pathfm import InputError, answers, magnification, method_study, runs, scores, study, unsupervised
 from pathfm.config import recipe
 from pathfm.features import extract
-from pathfm.method_study import ARMS, START, TEXTURE
+from pathfm.method_study import ARMS, LONGEST, START, TEXTURE
 from pathfm.probe import linear
 from pathfm.scores import Prediction
 
@@ -27,6 +29,9 @@ def test_arms_see_as_many_tiles_or_do_as_many_products():
     assert tiles["DINO"] == tiles["DINOv2"] > tiles[EQUAL]
     done = {arm: steps * counted(recipe(name))["operations"] for arm, (name, steps) in ARMS.items()}
     assert done[EQUAL] == pytest.approx(done["DINO"], rel=0.005) and done["DINOv2"] > 1.05 * done["DINO"]
+    for arm, (name, steps) in LONGEST.items():  # of the recipes' own length, and of one for both
+        short = ARMS[arm.removesuffix(", longest")]
+        assert name == short[0] and steps == 2 * short[1] == recipe(name).steps
 
 
 def test_the_recipes_differ_in_the_method_alone():
@@ -115,6 +120,41 @@ def test_the_curve_is_over_the_better_floor_of_each_scale(points, monkeypatch):
     fig = method_study.curve_figure(curve)
     assert fig.axes[0].get_xticklabels()[0].get_text() == f"0.5\n({curve['effective_mpp'].min():g})"
     assert len(fig.legends[0].get_texts()) == 4
+
+
+def test_arms_are_added_to_what_is_recorded(points, monkeypatch, tmp_path):
+    """The rows, answers and looks of other arms stay, byte for byte; those of the same arm and seed are replaced."""
+    monkeypatch.setattr(runs, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(method_study, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(method_study, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(builtins))
+    of_arm = dict(zip(("DINO", "DINOv2"), points, strict=True))
+    monkeypatch.setattr(method_study, "point", lambda arm, seed: of_arm[arm])
+    first = method_study.record([0], arms=["DINO"])
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(before) == {"methods.csv", "methods_arms.csv", "methods_watches.csv"}
+    both = method_study.record([0], arms=["DINOv2"])
+    assert both["arm"].unique().tolist() == ["DINO", "DINOv2"] and len(both) == 2 * len(first)
+    for name in ("methods.csv", "methods_watches.csv"):
+        assert (tmp_path / name).read_text().startswith(before[name])
+    said = answers.read(pd.read_csv(tmp_path / "methods_arms.csv", dtype=str))
+    assert {"DINO at 0.5", "DINOv2 at 0.5", "start at 0.5", f"{TEXTURE} at 1"} <= set(said)
+    of_arm["DINO"] = (points[0][0].assign(loss_last=7.0), points[0][1])
+    again = method_study.record([0], arms=["DINO"])
+    assert len(again) == len(both) and again[again["loss_last"] == 7]["arm"].eq("DINO").sum() == len(first)
+    with pytest.raises(InputError, match="no arm is called 'DINOv3'; there are: DINO; DINOv2; DINO, longest; "):
+        method_study.record([0], arms=["DINOv3"])
+    other = pd.read_csv(tmp_path / "methods_arms.csv", dtype=str).iloc[::-1]
+    other.to_csv(tmp_path / "methods_arms.csv", index=False)
+    with pytest.raises(InputError, match=r"methods_arms\.csv is of other tiles than these"):
+        method_study.record([0], arms=["DINO"])
+
+
+def test_longest_runs_have_the_colour_of_their_method(monkeypatch):
+    monkeypatch.setattr(method_study, "ARMS", ARMS)
+    found = method_study.colours([*ARMS, *LONGEST])
+    assert found["DINO, longest"] == found["DINO"] != found["DINOv2"] == found["DINOv2, longest"] != found[EQUAL]
+    assert "mfc" in method_study.marks("DINO", found) and "mfc" not in method_study.marks("DINO, longest", found)
+    assert "mfc" not in method_study.marks("DINO", ARMS) and method_study.marks(START, found)["ls"] == "--"
 
 
 def made(arms=("DINO", "DINOv2"), seeds=3) -> pd.DataFrame:
