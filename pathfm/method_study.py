@@ -259,6 +259,14 @@ def asked_alone(answer: Prediction, files: Sequence[str]) -> Prediction:
     return replace(answer, table=table.loc[list(files)].reset_index())
 
 
+def split(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of results/methods.csv of ARMS, and of LONGEST."""
+    if table.empty:
+        return table, table
+    longest = table["arm"].isin(LONGEST)
+    return table[~longest], table[longest]
+
+
 def known(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over the seeds, a row an arm and mpp, start beside end: score, and what features know of centre and slide.
 

@@ -174,6 +174,13 @@ def test_start_and_end_stand_beside_each_other_at_every_mpp():
     assert known.loc[("DINOv2", 1.0), ("centre_identity", "end")] == pytest.approx(rows["centre_identity"].mean())
 
 
+def test_the_longest_runs_are_told_apart():
+    table = made(arms=("DINO", "DINO, longest"))
+    short, longest = method_study.split(table)
+    assert set(short["arm"]) == {"DINO"} and set(longest["arm"]) == {"DINO, longest"}
+    assert all(part.empty for part in method_study.split(pd.DataFrame()))
+
+
 def test_class_and_centre_rise_together_where_both_do():
     table = made(seeds=4)
     found = method_study.rises(table)
