@@ -196,19 +196,36 @@ def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def contrasts(said: dict[str, list[Prediction]], arms: Sequence[str] = ()) -> pd.DataFrame:
     """A row a contrast and mpp of the test tiles that was recorded, on centres without any pretraining slide.
 
-    The gain of each arm over its start, and each arm against the first.
+    The gain of each arm over its start, and each arm against the first; where both have answers.
 
     said   of `study.recorded_answers("methods", "arms")`
     arms   ARMS when empty
     """
     said, arms = study.on_centres(said, name=COHORT), list(arms or ARMS)
     rows = []
-    for mpp in (mpp for mpp in MPPS if f"{START} at {mpp:g}" in said):
+    for mpp in MPPS:
         for arm in arms:
             for other in (START, *([arms[0]] if arm != arms[0] else [])):
-                found = scores.paired(said[f"{arm} at {mpp:g}"], said[f"{other} at {mpp:g}"])
-                rows.append({"contrast": f"{arm} minus {other}", "mpp": mpp, **found._asdict()})
+                both = said.get(f"{arm} at {mpp:g}"), said.get(f"{other} at {mpp:g}")
+                if all(both):
+                    rows.append({"contrast": f"{arm} minus {other}", "mpp": mpp, **scores.paired(*both)._asdict()})
     return pd.DataFrame(rows)
+
+
+def beside_pretraining(
+    said: dict[str, list[Prediction]], pretraining: dict[str, list[Prediction]]
+) -> dict[str, list[Prediction]]:
+    """`said`, with DINO's longest runs at PRIMARY_MPP from the recorded sweep `pretraining`, unless recorded here.
+
+    That trained the same recipe for as many steps with the same seeds, and asked the same sites at that scale.
+
+    pretraining  of `study.recorded_answers("pretraining")`
+    """
+    name, like = f"DINO, longest at {PRIMARY_MPP:g}", said.get(f"{START} at {PRIMARY_MPP:g}")
+    if name in said or not like or "teacher" not in pretraining:
+        return said
+    files = like[0].table["file"]
+    return {**said, name: [replace(asked_alone(one, files), name=name) for one in pretraining["teacher"]]}
 
 
 def curve(said: dict[str, list[Prediction]], table: pd.DataFrame) -> pd.DataFrame:
@@ -342,13 +359,14 @@ def figure(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     table  of results/methods.csv, of the arms to show;  found  of `contrasts` of these
     """
     fig, axes = plt.subplots(1, 4, figsize=(6.9, 2.6), width_ratios=(2, 1, 1, 1))
-    arms = colours(table["arm"].unique())
+    over_start = found[found["contrast"].str.endswith(f" minus {START}")]
+    arms, mpps = colours(over_start["contrast"].str.removesuffix(f" minus {START}").unique()), sorted(set(found["mpp"]))
     for k, (arm, colour) in enumerate(arms.items()):
-        rows = found[found["contrast"] == f"{arm} minus {START}"]
-        at = np.arange(len(rows)) + 0.18 * (k - (len(arms) - 1) / 2)
+        rows = over_start[over_start["contrast"] == f"{arm} minus {START}"]
+        at = rows["mpp"].map(mpps.index) + 0.18 * (k - (len(arms) - 1) / 2)
         error = 100 * np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])
         axes[0].errorbar(at, 100 * rows["value"], error, fmt="o", ms=4, color=colour, label=arm)
-    axes[0].set_xticks(range(found["mpp"].nunique()), [f"{mpp:g}" for mpp in found["mpp"].unique()])
+    axes[0].set_xticks(range(len(mpps)), [f"{mpp:g}" for mpp in mpps])
     axes[0].set(xlabel="µm per pixel of the test tiles", ylabel="points over the start")
     panels.level(axes[0], y=0)
     at = table[table["mpp"] == PRIMARY_MPP]

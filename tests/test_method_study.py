@@ -149,6 +149,25 @@ def test_arms_are_added_to_what_is_recorded(points, monkeypatch, tmp_path):
         method_study.record([0], arms=["DINO"])
 
 
+def test_the_recorded_teachers_are_dinos_longest_runs_at_one_scale(monkeypatch):
+    """They answered more tiles, in another order; one that arms were asked and they were not is an error."""
+    monkeypatch.setattr(method_study, "COHORT", "embedded")
+    table = pd.DataFrame({"file": [f"{i}.png" for i in range(8)], "truth": ["a", "b"] * 4, "centre": "centre-3"})
+    table["patient_id"] = [f"p{i // 4}" for i in range(8)]
+    few = Prediction("start at 0.5", "linear", table.iloc[:6].assign(predicted="a"))
+    teacher = Prediction("teacher", "linear", table.iloc[::-1].assign(predicted=table["truth"]))
+    said = {"start at 0.5": [few], "DINOv2, longest at 0.5": [replace(few, name="DINOv2, longest at 0.5")]}
+    found = method_study.beside_pretraining(said, {"teacher": [teacher]})
+    assert found["DINO, longest at 0.5"][0].table["file"].tolist() == few.table["file"].tolist()
+    rows = method_study.contrasts(found, list(LONGEST)).set_index("contrast")["value"]
+    assert rows["DINO, longest minus start"] == 0.5 == -rows["DINOv2, longest minus DINO, longest"]
+    assert method_study.beside_pretraining(found, {"teacher": []}) is found
+    assert method_study.beside_pretraining(said, {}) is said
+    short = replace(teacher, table=teacher.table.iloc[:5])
+    with pytest.raises(InputError, match="teacher was not asked of 3 tiles"):
+        method_study.beside_pretraining(said, {"teacher": [short]})
+
+
 def test_longest_runs_have_the_colour_of_their_method(monkeypatch):
     monkeypatch.setattr(method_study, "ARMS", ARMS)
     found = method_study.colours([*ARMS, *LONGEST])
