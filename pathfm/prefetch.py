@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ class Prefetch:
     256..319, ... After three such batches the next one is begun when one is handed out; then two, four, ... until TILES
     or BYTES are reached. Other numbers are begun when they are asked for, and what was begun for none is let go. So
     an even walk through a cohort that lies elsewhere waits for its bytes three times, and from then on they come while
-    it decodes.
+    it decodes; threads that decode what lies on a disk go on with one batch while another is used.
 
     This changes when bytes are asked for, and never what is returned: no number depends on what was asked before.
     """
@@ -29,15 +30,18 @@ class Prefetch:
     def __init__(self):
         self._begun: dict[tuple[int, ...], tuple[Any, int]] = {}
         self._last: tuple[int, ...] = ()
-        self._step, self._depth, self._lock = 0, 0, threading.Lock()
+        self._step, self._depth, self._lock, self._process = 0, 0, threading.Lock(), os.getpid()
 
-    def __call__(self, numbers: Sequence[int], begin: Begin) -> Any:
-        """The read of these numbers, begun now or before.
+    def __call__(self, numbers: Sequence[int], begin: Begin, most: int = TILES) -> Any:
+        """The read of these numbers, begun now or before; `most` batches ahead of it.
 
         What it raises for numbers that are only likely is raised when, and if, they are asked for.
         """
         numbers = tuple(int(i) for i in numbers)
         with self._lock:
+            if self._process != os.getpid():  # the threads of a forked process's parent are not here
+                self._begun.clear()
+                self._process = os.getpid()
             found = self._begun.pop(numbers, None)
             if found is None:
                 self._begun.clear()
@@ -46,7 +50,7 @@ class Prefetch:
             before, self._step = self._step, _step(self._last, numbers)
             self._last = numbers
             if self._step == before != 0:
-                self._depth = min(max(1, 2 * self._depth), TILES)
+                self._depth = min(max(1, 2 * self._depth), most)
                 self._look(numbers, begin)
             return found[0]
 

@@ -9,7 +9,7 @@ import ctypes
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -85,10 +85,17 @@ class Batch(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A batch whose bytes are on their way."""
+    """A batch whose bytes are on their way, and its pixels where threads decode what lies on a disk."""
 
     batch: Batch
     arrivals: Arrivals
+    runs: list[Future] | None  # the images of consecutive jobs; None: not begun
+
+    @property
+    def bytes(self) -> int:
+        """That it holds, at most: compressed, and decoded where that is begun."""
+        decoded = sum(3 * job.width * job.height for job in self.batch.jobs) if self.runs else 0
+        return self.batch.bytes + decoded
 
 
 def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
@@ -100,17 +107,28 @@ def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
 
 
 def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
-    """Ask for the bytes of jobs, and wait for none that lie elsewhere; `finish` gives the pixels."""
+    """Ask for the bytes of jobs, and wait for none that lie elsewhere; `finish` gives the pixels.
+
+    Several threads go on to decode, unless they had to wait for bytes from elsewhere.
+    """
     batch = planned(jobs)
-    return Begun(batch, fetched(batch, threads))
+    arrivals = fetched(batch, threads)
+    early = threads > 1 and not any(stores.is_address(slide.path) for slide in batch.slides)
+    return Begun(batch, arrivals, _images(batch, arrivals, threads) if early else None)
 
 
 def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
     """What `read` returns, of jobs that were begun."""
-    batch, arrivals = begun
+    runs = begun.runs or _images(begun.batch, begun.arrivals, threads)
+    wait(runs)  # once: woken by each run in turn this thread would get in the way of theirs
+    return [image for run in runs for image in run.result()]
+
+
+def _images(batch: Batch, arrivals: Arrivals, threads: int) -> list[Future]:
+    """The pixels of runs of consecutive jobs, begun."""
     rows = image_rows(batch)
     ahead = decoded_ahead(batch, rows, arrivals, threads)
-    return _runs(lambda some: painted(batch, some, rows, arrivals, ahead), range(len(batch.jobs)), threads)
+    return _begun(lambda some: painted(batch, some, rows, arrivals, ahead), range(len(batch.jobs)), threads)
 
 
 def planned(jobs: Sequence[Job]) -> Batch:
@@ -265,10 +283,11 @@ class Ahead(NamedTuple):
 
     ready: np.ndarray  # (P,) painting.READY
     memory: np.ndarray  # uint8, where it lies: whoever follows an address of `ready` holds it too
+    runs: Sequence[Future] = ()  # which decode it
 
 
 def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: int) -> Ahead:
-    """The compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place.
+    """The compressed tiles that several jobs need, and those that libjpeg-turbo does not decode in place: begun.
 
     Of each the smallest box that holds what any of the jobs has of it.
     """
@@ -291,10 +310,10 @@ def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: i
         few = chosen[some.start : some.stop]
         _decoded(batch, order[starts[few]], boxes[few], rows, arrivals, Ahead(ready[few], memory))
 
-    _shared_out(decode_some, range(len(chosen)), threads)
+    runs = _begun(decode_some, range(len(chosen)), threads)
     each = np.empty(len(order), painting.READY)
     each[order] = np.repeat(ready, sizes)
-    return Ahead(each, memory)
+    return Ahead(each, memory, runs)
 
 
 def _decoded(
@@ -321,6 +340,8 @@ def _decoded(
 def painted(batch: Batch, numbers: range, rows: np.ndarray, arrivals: Arrivals, ahead: Ahead) -> list[np.ndarray]:
     """The pixels of consecutive jobs."""
     arrivals.wait(np.arange(batch.first[numbers.start], batch.first[numbers.stop]))
+    for run in ahead.runs:  # begun before this one, so that threads are at them or through
+        run.result()
     mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
     found = {k: image(batch.jobs[k].height, batch.jobs[k].width) for k in mapped}
     images = rows[mapped]
@@ -371,31 +392,18 @@ def _peers(job: Job, framed: Frame) -> np.ndarray:
     return resample(canvas, left + shift[0], top + shift[1], step, image(job.height, job.width))
 
 
-def _runs(function: Callable[[range], list], numbers: range, threads: int) -> list:
-    """function of runs of numbers, which gives one result a number, in order."""
-    return [result for results in _shared_out(function, numbers, threads) for result in results]
-
-
-def _shared_out(function: Callable[[range], Any], numbers: range, threads: int) -> list:
-    """function of each run of numbers.
-
-    Threads take turns at runs: long ones first, so that they seldom meet, short ones last, so that none waits long.
-    """
-    return [one.result() for one in _begun(function, numbers, threads)]
-
-
 def _begun(function: Callable[[range], Any], numbers: range, threads: int) -> list[Future]:
-    """`_shared_out` that does not wait, where there are threads to do it."""
+    """function of each run of numbers, in order; not waited for where there are threads to do it.
+
+    There are two runs for each thread: with more they meet more often, with fewer one waits for another at the end.
+    A run may wait for others that were begun before it, and for no later ones.
+    """
     if threads <= 1 or len(numbers) <= 1:
         done = Future()
         done.set_result(function(numbers))
         return [done]
-    found, at, pool = [], 0, _pool(os.getpid(), "decode", threads)
-    while at < len(numbers):
-        run = max((len(numbers) - at) // (2 * threads), -(-len(numbers) // (16 * threads)))
-        found.append(pool.submit(function, numbers[at : at + run]))
-        at += run
-    return found
+    pool, size = _pool(os.getpid(), "decode", threads), -(-len(numbers) // (2 * threads))
+    return [pool.submit(function, numbers[at : at + size]) for at in range(0, len(numbers), size)]
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ from pathfm.errors import InputError
 from pathfm.filters import HsvFilter
 from pathfm.footprints import Listed, Ranged, Tiling, slides_of, spots, tissue_share
 from pathfm.index import SlideIndex
-from pathfm.prefetch import Prefetch
+from pathfm.prefetch import TILES, Prefetch
 from pathfm.reading import Begun, Job, begin, finish, read
 from pathfm.sampling import NO_HEAT, Heat, Sampler
 from pathfm.slide import MAX_UPSAMPLE
@@ -333,16 +333,20 @@ class TileStream:
     def _read(
         self, numbers: Sequence[int], named: Callable[[Sequence[int]], list[TileName]], foresee: bool = True
     ) -> list[tuple[TileName, np.ndarray]]:
-        """Tiles by their numbers; those of slides that lie elsewhere are begun before, where they can be foreseen."""
+        """Tiles by their numbers; where they can be foreseen they are begun before, if others can do it meanwhile.
+
+        Those of slides that lie elsewhere are fetched then; those on a disk are decoded, where there are threads.
+        """
 
         def under_way(some: Sequence[int]) -> tuple[tuple[list[TileName], Begun], int]:
             names = named(some)
             begun = begin([self._job(name) for name in names], self.threads)
-            return (names, begun), begun.batch.bytes
+            return (names, begun), begun.bytes
 
-        if foresee and self._far:
+        if self._far:
             stores.same_process()  # what another process has begun does not arrive here
-            names, begun = self._prefetch(numbers, under_way)
+        if foresee and (self._far or self.threads > 1):
+            names, begun = self._prefetch(numbers, under_way, TILES if self._far else 1)
         else:
             (names, begun), _ = under_way(numbers)
         return list(zip(names, finish(begun, self.threads), strict=True))

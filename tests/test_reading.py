@@ -12,9 +12,11 @@ import pytest
 from compressed_files import write_jpeg
 from slide_files import cohort_of, shrink, tissue_pixels, write_slide
 from test_slide import cubic
+from torch.utils.data import DataLoader
 
 from pathfm import InputError, Slide, SlideIndex, TileStream, decode, fallback, painting, reading, source, turbojpeg
 from pathfm import index as index_module
+from pathfm import stream as stream_module
 from pathfm.__main__ import main
 from pathfm.reading import Job, ReadPlan
 from pathfm.tilemap import tiles_of
@@ -151,6 +153,24 @@ def test_any_number_of_threads_gives_the_same_tiles(mixed):
         TileStream(mixed, threads=0)
 
 
+def test_threads_decode_the_next_batch_of_an_even_walk_and_give_the_same_tiles(mixed, monkeypatch):
+    """From the third batch on what comes next is decoded before it is asked for; one thread does nothing early."""
+    began, begin = [], stream_module.begin
+    monkeypatch.setattr(stream_module, "begin", lambda jobs, threads: began.append(begin(jobs, threads)) or began[-1])
+    settings = {"tile_px": 64, "mpp": (0.5, 0.7, 1.0), "seed": 3}
+    one, two = (TileStream(mixed, threads=threads, **settings) for threads in (1, 2))
+    plain = [one.__getitems__(range(8 * k, 8 * k + 8)) for k in range(6)]
+    assert len(began) == 6 and all(each.runs is None for each in began)
+    began.clear()
+    for k, tiles in enumerate(plain):
+        found = two.__getitems__(range(8 * k, 8 * k + 8))
+        assert all(np.array_equal(a.image, b.image) and a[1:] == b[1:] for a, b in zip(tiles, found, strict=True))
+        assert len(began) == k + 1 + (k >= 2)  # one batch ahead, and no more
+    waiting = began[-1]
+    assert waiting.bytes == waiting.batch.bytes + 8 * 64 * 64 * 3
+    assert [run.result() for run in waiting.runs]  # it is decoded though nobody has asked
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["in parts", "whole"])
 def test_each_compressed_tile_of_a_batch_is_decoded_once(mixed, monkeypatch, whole):
     decoded, paint, alone = [], painting.paint, reading.decode
@@ -195,7 +215,7 @@ def test_open_files_stay_bounded_whatever_the_number_of_slides(mixed, tmp_path, 
     for start in range(0, 96, 8):
         assert len({tile.slide_id for tile in stream.__getitems__(range(start, start + 8))}) == 8
         most = max(most, len(os.listdir("/dev/fd")))
-    assert most <= before + 3 + 2 * 2  # OpenSlide opens a slide for each thread
+    assert most <= before + 3 + 2 * (2 + 4)  # OpenSlide opens a slide for each thread: kept, and of two batches
 
 
 def test_a_slide_takes_its_own_part_of_the_map_along(mixed):
@@ -214,8 +234,8 @@ def write_alpha(path: Path, pixels: np.ndarray) -> Path:
 WRITERS = {"ranges": write_jpeg, "openslide": write_alpha}
 
 
-def copied(tmp_path, reader="ranges", **settings):
-    path = WRITERS[reader](tmp_path / "a.svs", tissue_pixels(512, 512, 1))
+def copied(tmp_path, reader="ranges", side=512, **settings):
+    path = WRITERS[reader](tmp_path / "a.svs", tissue_pixels(side, side, 1))
     index = SlideIndex.build(cohort_of({"a": path}), tmp_path / "index", workers=0, **settings)
     assert list(index.slides["reader"]) == [reader]
     return path, TileStream(index, tile_px=64)
@@ -334,6 +354,39 @@ def test_an_index_with_checksums_keeps_them(tmp_path, capsys):
         stored.append(len(SlideIndex.open(folder).tiles.checks))
     assert stored == [0, 4, 4, 0]
     capsys.readouterr()
+
+
+def test_damage_that_is_met_ahead_is_named_when_its_batch_is_asked_for(tmp_path):
+    path, stream = copied(tmp_path, side=2048)
+    stream = TileStream(stream.index, tile_px=64, mpp=0.5, threads=2)
+    stat, data = os.stat(path), bytearray(path.read_bytes())
+    pieces = reading.planned(jobs_of(stream, range(6, 8))).pieces
+    before = reading.planned(jobs_of(stream, range(6))).pieces
+    spoilt = next(piece for piece in pieces if piece["start"] not in before["start"])
+    data[spoilt["start"] + 300 : spoilt["start"] + spoilt["length"]] = bytes(int(spoilt["length"]) - 300)
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for k in range(3):
+        assert len(stream.__getitems__(range(2 * k, 2 * k + 2))) == 2  # the next batch is under way with the third
+    with pytest.raises(InputError, match=rf"compressed tile {spoilt['tile']} of level {spoilt['level']}"):
+        stream.__getitems__(range(6, 8))
+
+
+def jobs_of(stream: TileStream, numbers) -> list[Job]:
+    return [stream._job(stream.name(i)) for i in numbers]
+
+
+def test_a_forked_worker_decodes_what_its_parent_had_begun(mixed):
+    """The parent's threads, and what they were at, are not there."""
+    settings = {"tile_px": 64, "mpp": (0.5, 0.7, 1.0), "seed": 3}
+    stream, plain = TileStream(mixed, threads=2, **settings), TileStream(mixed, **settings)
+    for k in range(3):
+        stream.__getitems__(range(8 * k, 8 * k + 8))  # and begins the next
+    loader = DataLoader(
+        stream, 8, sampler=range(24, 48), collate_fn=list, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    found = [tile.image for batch in loader for tile in batch]
+    assert all(np.array_equal(a, b.image) for a, b in zip(found, plain.__getitems__(range(24, 48)), strict=True))
 
 
 def test_a_damaged_tile_is_named_with_its_place(tmp_path):
