@@ -32,7 +32,7 @@ import tifffile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pathfm import InputError, scan, slide, source  # noqa: E402
+from pathfm import InputError, scan, slide, source, stores  # noqa: E402
 from pathfm.directory import read_directory  # noqa: E402
 from pathfm.metadata import Unsupported  # noqa: E402
 from pathfm.storage import BlockFile  # noqa: E402
@@ -84,7 +84,8 @@ def directory(path: Path, how: type) -> None:
 
 
 def whole(path: Path, how: type) -> None:
-    with mock.patch.object(slide, "open_source", lambda given: how(str(given))):
+    far = mock.patch.object(stores, "is_address", lambda given: how is Away)  # which reads take windows from elsewhere
+    with mock.patch.object(slide, "open_source", lambda given: how(str(given))), far:
         scan.scan(str(path), None, False)
 
 
