@@ -154,7 +154,7 @@ def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1, arms: Sequence[st
         found = list(pool.map(point, *zip(*points, strict=True)))
     table = beside_others("methods", pd.concat([rows for rows, _ in found]), ["arm", "seed"])
     seen = beside_others("methods_watches", looks(points).assign(**stamp()), ["run"])
-    said = with_recorded(together([*(wide for _, wide in found), floor]))
+    said = with_recorded(together([*(wide for _, wide in found), floor]), points)
     path = write_results("methods", table)
     answers.write_table(path.with_name(ANSWERS), said)
     write_results("methods_watches", seen)
@@ -170,8 +170,8 @@ def beside_others(name: str, rows: pd.DataFrame, key: list[str]) -> pd.DataFrame
     return rows.reset_index(drop=True)
 
 
-def with_recorded(wide: pd.DataFrame) -> pd.DataFrame:
-    """Answers beside those that results/ has of other arms, by `together`.
+def with_recorded(wide: pd.DataFrame, points: Sequence[tuple[str, int]]) -> pd.DataFrame:
+    """Answers of points (arm, seed) beside all that results/ has of others, their starts and the floor among them.
 
     Raises InputError where those are of other tiles.
     """
@@ -181,8 +181,9 @@ def with_recorded(wide: pd.DataFrame) -> pd.DataFrame:
     old = pd.read_csv(path, dtype=str)
     if list(old["file"]) != list(wide["file"]):
         raise InputError(f"{path} is of other tiles than these; move it away, and record every arm")
-    every = together([wide, old])
-    return every[[*old, *(name for name in every if name not in old)]]
+    keys = {name: name.split("|") for name in old if "|" in name}  # features, probe, seed, ...
+    again = [name for name, (features, _, seed, *_) in keys.items() if (features.split(" at ")[0], int(seed)) in points]
+    return together([old.drop(columns=again), wide])
 
 
 def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:

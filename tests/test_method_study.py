@@ -138,9 +138,14 @@ def test_arms_are_added_to_what_is_recorded(points, monkeypatch, tmp_path):
         assert (tmp_path / name).read_text().startswith(before[name])
     said = answers.read(pd.read_csv(tmp_path / "methods_arms.csv", dtype=str))
     assert {"DINO at 0.5", "DINOv2 at 0.5", "start at 0.5", f"{TEXTURE} at 1"} <= set(said)
-    of_arm["DINO"] = (points[0][0].assign(loss_last=7.0), points[0][1])
+    changed = points[0][1].assign(**{name: "none" for name in points[0][1] if "|" in name})
+    of_arm["DINO"] = (points[0][0].assign(loss_last=7.0), changed)
     again = method_study.record([0], arms=["DINO"])
     assert len(again) == len(both) and again[again["loss_last"] == 7]["arm"].eq("DINO").sum() == len(first)
+    now = answers.read(pd.read_csv(tmp_path / "methods_arms.csv", dtype=str))
+    assert now["DINO at 0.5"][0].table["predicted"].eq("none").all()
+    for name in ("start at 0.5", "DINOv2 at 0.5", f"{TEXTURE} at 1"):  # as they were recorded
+        assert now[name][0].table["predicted"].equals(said[name][0].table["predicted"])
     with pytest.raises(InputError, match="no arm is called 'DINOv3'; there are: DINO; DINOv2; DINO, longest; "):
         method_study.record([0], arms=["DINOv3"])
     other = pd.read_csv(tmp_path / "methods_arms.csv", dtype=str).iloc[::-1]
