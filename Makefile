@@ -39,7 +39,7 @@ test: $(READY)
 	$(MAKE) nbval
 
 nbval: $(READY)
-	PATHFM_FIGURES=runs/nbval-figures OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env \
+	PATHFM_FIGURES=runs/nbval-figures OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.nbval_digits --nbval --nbval-current-env \
 	  --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval.cfg notebooks -n $(JOBS) --dist loadfile
 
 lab: $(READY)
