@@ -23,10 +23,15 @@ from pathfm.watches import collapsed
 TEACHERS = ("softmax", "sharpened", "centred too", "Sinkhorn")
 
 
-def views_figure(by_method: dict[str, Views], tile: int = 0) -> Figure:
-    """A row a method: what the student gets of one tile, patches hidden by masks in grey."""
+def views_figure(by_method: dict[str, Views]) -> Figure:
+    """A row a method: what the student gets of one tile, patches hidden by masks in grey.
+
+    The tile is the first of which most views have hidden patches, in any method.
+    """
+    tile = sum(views.masks.any(-1).sum(0) for views in by_method.values()).argmax().item()
     columns = max(len(views.global_) + len(views.local) for views in by_method.values())
-    fig, axes = plt.subplots(len(by_method), columns, figsize=(6.5, 1.45 * len(by_method)), squeeze=False)
+    size = 6.5, (6.5 / columns + 0.3) * len(by_method)  # two lines of title
+    fig, axes = plt.subplots(len(by_method), columns, figsize=size, squeeze=False)
     for row, (name, views) in zip(axes, by_method.items(), strict=True):
         whole = list(pictures(views.global_[:, tile]))
         if views.masks.any():

@@ -68,6 +68,8 @@ def test_views_of_both_methods_stand_under_one_another(style):
     fig = anatomy.views_figure(by_method)
     titles = [ax.get_title(loc="left") for ax in fig.axes]
     assert sum("DINO," in title for title in titles) == 5 and sum("DINOv2, local" in title for title in titles) == 2
+    grey = [np.isclose(ax.get_images()[0].get_array(), 0.5).all(-1).mean() > 0.05 for ax in fig.axes if ax.get_images()]
+    assert any(grey[5:]) and not any(grey[:5])  # DINOv2 hides something of the tile that is shown
 
 
 def test_maps_have_a_row_a_tile_and_two_columns_a_network(style):
