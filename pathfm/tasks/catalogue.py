@@ -222,7 +222,7 @@ TILES = (
         classes=("TA", "MC", "F", "DC"),
         mpp=None,
         tile_px=(700, 460),
-        counts=splits(1_132, 339),
+        counts=_by_class(None, {"TA": 149, "MC": 205, "F": 253, "DC": 864}) | splits(1_132, 339),
         splits="eva: 14 patients are val; it stops and reports on them, and keeps types with seven patients or more",
         same_split=True,
         clean="test is eva's val; a fifth of the other patients validates",
@@ -233,9 +233,12 @@ TILES = (
         unknown={
             "mpp": "eva says 0.25, as of a 40x scanner; these are photographs through a microscope, whose 40X is the "
             "visual magnification",
-            "images a class": "no source could be read",
+            "images a class in each split": "no source could be read",
         },
-        sources=("eva breakhis.md, breakhis.py",),
+        sources=(
+            "eva breakhis.md, breakhis.py",
+            "images a type at 40X as a public repository lists them; they add up to eva's totals",
+        ),
         files=("BreaKHis_v1/histology_slides/breast/**/40X/SOB_[BM]_<type>-<year>-<patient>-40-<number>.png",),
     ),
     Task(
