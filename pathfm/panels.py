@@ -160,10 +160,10 @@ def group_map(ax: Axes, xy: np.ndarray, group: np.ndarray, title: str, legend: b
 
 def group_maps(maps: Mapping[str, np.ndarray], by: Mapping[str, np.ndarray]) -> Figure:
     """A row an embedding, of `maps` (N, 2) by its name; a column a grouping, of `by` (N,) by its name."""
-    fig, axes = plt.subplots(len(maps), len(by), figsize=(2.2 * len(by), 2.45 * len(maps)), squeeze=False)
+    fig, axes = plt.subplots(len(maps), len(by), figsize=(2.2 * len(by), 2.6 * len(maps)), squeeze=False)
     for row, (name, xy) in zip(axes, maps.items(), strict=True):
         for ax, (group, values) in zip(row, by.items(), strict=True):
-            group_map(ax, xy, values, f"{name}, by {group}", legend=name == list(maps)[-1])
+            group_map(ax, xy, values, f"{name}\nby {group}", legend=name == list(maps)[-1])
     return fig
 
 

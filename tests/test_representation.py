@@ -170,6 +170,6 @@ def test_a_map_for_every_embedding_and_grouping(style):
     rng, by = np.random.default_rng(0), {"class": np.array(list("aabb")), "block": np.array(list("xyxy"))}
     fig = panels.group_maps({name: rng.normal(size=(4, 2)) for name in ("one", "two")}, by)
     titles = [ax.get_title(loc="left") for ax in fig.axes]
-    assert titles == ["one, by class", "one, by block", "two, by class", "two, by block"]
+    assert titles == ["one\nby class", "one\nby block", "two\nby class", "two\nby block"]
     assert [ax.get_legend() is not None for ax in fig.axes] == [False, False, True, True]
     plt.close(fig)
