@@ -3,6 +3,7 @@ while training) hold."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pathfm import answers, confounding, export, magnification, panels, scores, study, unsupervised
+from pathfm import answers, confounding, export, magnification, panels, scores, study, transfer, unsupervised
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import Features, extract, pools, random_twin
@@ -48,7 +49,7 @@ PRIMARY = (
 )
 PRIMARY_MPP = 0.5
 START = "start"
-ANSWERS = "methods_arms.csv"
+ANSWERS, REAL = "methods_arms.csv", "methods_real.csv"
 TEXTURE = FLOOR_NAMES["colour+lbp"]
 KNOWN = ("new_centres", "robustness_index", "centre_identity", "slide_dependence")
 
@@ -145,11 +146,8 @@ def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1, arms: Sequence[st
 
     Raises InputError for another arm.
     """
-    unknown = sorted({*arms} - {*ARMS, *LONGEST})
-    if unknown:
-        raise InputError(f"no arm is called '{unknown[0]}'; there are: {'; '.join((*ARMS, *LONGEST))}")
+    points = points_of(arms, seeds)
     floor = texture()  # which draws the tiles before the workers want them
-    points = [(arm, seed) for arm in arms or (*ARMS, *LONGEST) for seed in seeds]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         found = list(pool.map(point, *zip(*points, strict=True)))
     table = beside_others("methods", pd.concat([rows for rows, _ in found]), ["arm", "seed"])
@@ -159,6 +157,32 @@ def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1, arms: Sequence[st
     answers.write_table(path.with_name(ANSWERS), said)
     write_results("methods_watches", seen)
     return table
+
+
+def points_of(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Every arm, or every one there is where `arms` is empty, with every seed. Raises InputError for an unknown arm."""
+    known = (*ARMS, *LONGEST)
+    unknown = [arm for arm in arms if arm not in known]
+    if unknown:
+        raise InputError(f"no arm is called '{unknown[0]}'; there are: {'; '.join(known)}")
+    return list(itertools.product(arms or known, seeds))
+
+
+def record_real(folder: str | Path, seeds: Sequence[int], arms: Sequence[str] = ()) -> Path:
+    """Answers of `transfer.judged` on real tiles, each arm's teacher named as the arm; the path of REAL in results/.
+
+    folder  of the tiles, as `transfer.read_tiles` reads it
+    arms    some of ARMS and LONGEST; all when empty
+
+    Raises InputError for another arm, and for a folder that holds no labelled tiles.
+    """
+    torch.set_num_threads(1)
+    tiles, wides = transfer.read_tiles(folder), []
+    for arm, seed in points_of(arms, seeds):
+        teacher, preprocess = export.load(trained(arm, seed).teacher)
+        said = transfer.judged(teacher, random_twin(teacher, seed), preprocess, tiles, seed)
+        wides.append(answers.table(replace(one, name=one.name.replace("teacher", arm)) for one in said))
+    return answers.write_table(results_dir() / REAL, together(wides))
 
 
 def beside_others(name: str, rows: pd.DataFrame, key: list[str]) -> pd.DataFrame:
@@ -211,22 +235,6 @@ def contrasts(said: dict[str, list[Prediction]], arms: Sequence[str] = ()) -> pd
                 if all(both):
                     rows.append({"contrast": f"{arm} minus {other}", "mpp": mpp, **scores.paired(*both)._asdict()})
     return pd.DataFrame(rows)
-
-
-def beside_pretraining(
-    said: dict[str, list[Prediction]], pretraining: dict[str, list[Prediction]]
-) -> dict[str, list[Prediction]]:
-    """`said`, with DINO's longest runs at PRIMARY_MPP from the recorded sweep `pretraining`, unless recorded here.
-
-    That trained the same recipe for as many steps with the same seeds, and asked the same sites at that scale.
-
-    pretraining  of `study.recorded_answers("pretraining")`
-    """
-    name, like = f"DINO, longest at {PRIMARY_MPP:g}", said.get(f"{START} at {PRIMARY_MPP:g}")
-    if name in said or not like or "teacher" not in pretraining:
-        return said
-    files = like[0].table["file"]
-    return {**said, name: [replace(asked_alone(one, files), name=name) for one in pretraining["teacher"]]}
 
 
 def curve(said: dict[str, list[Prediction]], table: pd.DataFrame) -> pd.DataFrame:

@@ -291,7 +291,7 @@ def servable_grid(slides: Cohort, spec: dict) -> dict[str, list]:
 def recorded_answers(name: str, which: str = "answers") -> dict[str, list[Prediction]]:
     """What the probes of a recorded sweep answered, by features, a seed each; empty where results are not current.
 
-    which  of `pathfm.sweeps.ANSWERS`, or "arms" of `pathfm.method_study`
+    which  of `pathfm.sweeps.ANSWERS`, or "arms" or "real" of `pathfm.method_study`
     """
     path = results_dir() / f"{name}_{which}.csv"
     if not path.is_file() or not len(recorded(name)):

@@ -126,14 +126,16 @@ def judged(
     return [replace(one, floor=not one.name.startswith("teacher")) for one in answers]
 
 
-def table(said: dict[str, list[Prediction]]) -> pd.DataFrame:
+def table(said: dict[str, list[Prediction]], teacher: str = "teacher") -> pd.DataFrame:
     """A row for what the probes saw and where they are tested: scores, and the teacher's gain over random weights.
 
-    said  recorded answers of `judged` by name, a seed each (`study.recorded_answers`)
+    said     recorded answers of `judged` by name, a seed each (`study.recorded_answers`)
+    teacher  its name there
     """
     rows = []
     for seen, suffix in (("one magnification", WITHIN), ("all tiles", "")):
-        runs = {name: said[name + suffix] for name in ("teacher", "random weights", *FLOORS) if name + suffix in said}
+        names = {"teacher": teacher, **{name: name for name in ("random weights", *FLOORS)}}
+        runs = {shown: said[name + suffix] for shown, name in names.items() if name + suffix in said}
         for place in _places(runs["teacher"][0].table) if runs else ():
             at = {name: [_at(one, place) for one in several] for name, several in runs.items()}
             means = {name: scores.interval(several).value for name, several in at.items()}

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from pathfm import InputError, answers, magnification, method_study, runs, scores, study, unsupervised
+from pathfm import InputError, answers, magnification, method_study, runs, scores, study, transfer, unsupervised
 from pathfm.config import recipe
 from pathfm.features import extract
 from pathfm.method_study import ARMS, LONGEST, START, TEXTURE
@@ -154,23 +155,27 @@ def test_arms_are_added_to_what_is_recorded(points, monkeypatch, tmp_path):
         method_study.record([0], arms=["DINO"])
 
 
-def test_the_recorded_teachers_are_dinos_longest_runs_at_one_scale(monkeypatch):
-    """They answered more tiles, in another order; one that arms were asked and they were not is an error."""
-    monkeypatch.setattr(method_study, "COHORT", "embedded")
-    table = pd.DataFrame({"file": [f"{i}.png" for i in range(8)], "truth": ["a", "b"] * 4, "centre": "centre-3"})
-    table["patient_id"] = [f"p{i // 4}" for i in range(8)]
-    few = Prediction("start at 0.5", "linear", table.iloc[:6].assign(predicted="a"))
-    teacher = Prediction("teacher", "linear", table.iloc[::-1].assign(predicted=table["truth"]))
-    said = {"start at 0.5": [few], "DINOv2, longest at 0.5": [replace(few, name="DINOv2, longest at 0.5")]}
-    found = method_study.beside_pretraining(said, {"teacher": [teacher]})
-    assert found["DINO, longest at 0.5"][0].table["file"].tolist() == few.table["file"].tolist()
-    rows = method_study.contrasts(found, list(LONGEST)).set_index("contrast")["value"]
-    assert rows["DINO, longest minus start"] == 0.5 == -rows["DINOv2, longest minus DINO, longest"]
-    assert method_study.beside_pretraining(found, {"teacher": []}) is found
-    assert method_study.beside_pretraining(said, {}) is said
-    short = replace(teacher, table=teacher.table.iloc[:5])
-    with pytest.raises(InputError, match="teacher was not asked of 3 tiles"):
-        method_study.beside_pretraining(said, {"teacher": [short]})
+def test_answers_on_real_tiles_stand_side_by_side_by_arm(points, tmp_path, monkeypatch):
+    """The start of one seed is the same network for both methods, and told once."""
+    rng, folder = np.random.default_rng(0), tmp_path / "real"
+    folder.mkdir()
+    rows = [(f"{i}.png", ("dark", "pale")[i % 2], f"p{i // 2}") for i in range(24)]
+    for file, label, _ in rows:
+        pixels = np.clip(rng.normal({"dark": 90, "pale": 160}[label], 20, (64, 64, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / file)
+    pd.DataFrame(rows, columns=["file", "label", "patient_id"]).to_csv(folder / "manifest.csv", index=False)
+    monkeypatch.setattr(method_study, "results_dir", lambda: tmp_path)
+    path = method_study.record_real(folder, [0], ["DINO", "DINOv2"])
+    assert path == tmp_path / "methods_real.csv"
+    said = answers.read(pd.read_csv(path, dtype=str))
+    assert set(said) == {"DINO", "DINOv2", "random weights", "colour", "colour + LBP"}
+    assert all(len(several) == 1 for several in said.values())
+    table = transfer.table(said, "DINOv2").set_index("tested on")
+    assert table.loc["all tiles", "teacher"] == said["DINOv2"][0].balanced_accuracy and table["tiles"].tolist() == [24]
+    with pytest.raises(InputError, match="no arm is called 'DINOv3'"):
+        method_study.record_real(folder, [0], ["DINOv3"])
+    with pytest.raises(InputError, match="nowhere"):
+        method_study.record_real(tmp_path / "nowhere", [0], ["DINO"])
 
 
 def test_longest_runs_have_the_colour_of_their_method(monkeypatch):

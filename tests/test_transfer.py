@@ -73,6 +73,8 @@ def test_the_table_of_two_seeds_reads_back_what_was_recorded(tiles, tmp_path):
     assert own["gain"] == pytest.approx(own["teacher"] - own["random weights"])
     assert own["low"] <= own["gain"] <= own["high"]
     assert transfer.table({}).empty
+    arm = {name.replace("teacher", "DINO"): several for name, several in said.items()}
+    pd.testing.assert_frame_equal(transfer.table(arm, "DINO"), transfer.table(said))
 
 
 def test_real_data_is_found_where_it_lies(monkeypatch, tmp_path):

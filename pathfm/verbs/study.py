@@ -99,12 +99,15 @@ class Methods:
     seeds: list[int] = field(metadata={"nargs": "+", "type": int, "help": "of pretraining"})
     workers: int = setting(1, "runs at a time, one thread each")
     arms: str = setting("", "some, such as 'DINO; DINO, longest'; all when empty. Other rows stay as they are")
+    real: str = setting("", "a folder of labelled real tiles: what probes answer there, to results/methods_real.csv")
 
     def __call__(self) -> None:
         from pathfm import method_study
 
         shown = ["arm", "seed", "when", "mpp", "new_centres", "centre_identity", "slide_dependence"]
         arms = [arm.strip() for arm in self.arms.split(";") if arm.strip()]
+        if self.real:
+            print(method_study.record_real(self.real, self.seeds, arms))
         print(method_study.record(self.seeds, self.workers, arms)[shown].round(3).to_string(index=False))
 
 
