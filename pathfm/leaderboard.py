@@ -16,6 +16,7 @@ from pathfm.errors import InputError, nearest
 from pathfm.scores import Prediction
 from pathfm.storage import atomic
 from pathfm.tasks.task import SOURCES_OF_TISSUE
+from pathfm.transfer import WITHIN
 
 RESULTS = "probes"  # results/probes.csv, a row a model, task, part and protocol
 KEY = ["model", "task", "part", "protocol"]
@@ -156,7 +157,8 @@ def record(found: list[dict]) -> Path:
 def _of_sweep(csv: Path) -> pd.DataFrame:
     """The rows of results/<sweep>_<answers|real>.csv, floors among them; none where it is no such file or not current.
 
-    The oracle, which is told the truth under each tile, is no model and has no row.
+    The oracle, which is told the truth under each tile, is no model and has no row; nor have probes that saw a part of
+    the tiles alone.
     """
     name, _, which = csv.stem.rpartition("_")
     if which not in SWEEPS or not len(runs.read_results(name)[0]):
@@ -168,7 +170,8 @@ def _of_sweep(csv: Path) -> pd.DataFrame:
         if floor in said
     }
     task = f"{name} {SWEEPS[which]}"
-    found = [row_of(said["teacher"], f"{name} teacher", "synthetic", task, sum(floors.values(), []))]
+    trained = [one for one in said if one not in (*FLOORS, "oracle") and not one.endswith(WITHIN)]
+    found = [row_of(said[one], f"{name} {one}", "synthetic", task, sum(floors.values(), [])) for one in trained]
     found += [row_of(mine, floor, "none", task) for floor, mine in floors.items()]
     unknown = "answers alone are recorded: effective mpp, centre and slide are not known"
     notes = [noted(task, one["note"], unknown) for one in found]

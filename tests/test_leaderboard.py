@@ -158,7 +158,10 @@ def test_the_sweeps_answers_are_rows_with_their_floors():
     teacher = table.query("model == 'pretraining teacher' and task == 'pretraining tiles (synthetic)'").iloc[0]
     assert teacher["best_floor"] in ("colour + LBP", "random weights") and teacher["n_patients"] > 20
     assert teacher["seen"] == "no" and not teacher["floor"] and teacher["low"] < teacher["score"] < teacher["high"]
-    assert "oracle" not in set(table["model"])
+    assert "oracle" not in set(table["model"]) and not table["model"].str.contains("within").any()
+    real = table[table["task"].str.endswith("real tiles")].groupby("task")["model"].agg(set)
+    assert {"pretraining teacher", "random weights"} < real["pretraining real tiles"]
+    assert {"methods DINO, longest", "methods DINOv2, longest", "random weights"} < real["methods real tiles"]
     assert "effective mpp, centre and slide are not known" in teacher["note"] and np.isnan(teacher["mpp"])
 
 
