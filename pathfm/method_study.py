@@ -152,9 +152,9 @@ def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1, arms: Sequence[st
         found = list(pool.map(point, *zip(*points, strict=True)))
     table = beside_others("methods", pd.concat([rows for rows, _ in found]), ["arm", "seed"])
     seen = beside_others("methods_watches", looks(points).assign(**stamp()), ["run"])
-    said = with_recorded(together([*(wide for _, wide in found), floor]), points)
-    path = write_results("methods", table)
-    answers.write_table(path.with_name(ANSWERS), said)
+    said = with_recorded(ANSWERS, together([*(wide for _, wide in found), floor]), points)
+    write_results("methods", table)
+    answers.write_table(results_dir() / ANSWERS, said)
     write_results("methods_watches", seen)
     return table
 
@@ -172,17 +172,17 @@ def record_real(folder: str | Path, seeds: Sequence[int], arms: Sequence[str] = 
     """Answers of `transfer.judged` on real tiles, each arm's teacher named as the arm; the path of REAL in results/.
 
     folder  of the tiles, as `transfer.read_tiles` reads it
-    arms    some of ARMS and LONGEST; all when empty
+    arms    some of ARMS and LONGEST; all when empty. What is recorded of others stays as it is
 
     Raises InputError for another arm, and for a folder that holds no labelled tiles.
     """
     torch.set_num_threads(1)
-    tiles, wides = transfer.read_tiles(folder), []
-    for arm, seed in points_of(arms, seeds):
+    tiles, wides, points = transfer.read_tiles(folder), [], points_of(arms, seeds)
+    for arm, seed in points:
         teacher, preprocess = export.load(trained(arm, seed).teacher)
         said = transfer.judged(teacher, random_twin(teacher, seed), preprocess, tiles, seed)
         wides.append(answers.table(replace(one, name=one.name.replace("teacher", arm)) for one in said))
-    return answers.write_table(results_dir() / REAL, together(wides))
+    return answers.write_table(results_dir() / REAL, with_recorded(REAL, together(wides), points))
 
 
 def beside_others(name: str, rows: pd.DataFrame, key: list[str]) -> pd.DataFrame:
@@ -194,20 +194,25 @@ def beside_others(name: str, rows: pd.DataFrame, key: list[str]) -> pd.DataFrame
     return rows.reset_index(drop=True)
 
 
-def with_recorded(wide: pd.DataFrame, points: Sequence[tuple[str, int]]) -> pd.DataFrame:
-    """Answers of points (arm, seed) beside all that results/ has of others, their starts and the floor among them.
+def with_recorded(name: str, wide: pd.DataFrame, points: Sequence[tuple[str, int]]) -> pd.DataFrame:
+    """Answers of points (arm, seed) beside all that results/<name> has of others, their starts and floors among them.
 
     Raises InputError where those are of other tiles.
     """
-    path = results_dir() / ANSWERS
+    path = results_dir() / name
     if not path.is_file():
         return wide
     old = pd.read_csv(path, dtype=str)
     if list(old["file"]) != list(wide["file"]):
         raise InputError(f"{path} is of other tiles than these; move it away, and record every arm")
-    keys = {name: name.split("|") for name in old if "|" in name}  # features, probe, seed, ...
-    again = [name for name, (features, _, seed, *_) in keys.items() if (features.split(" at ")[0], int(seed)) in points]
+    again = [column for column in old if "|" in column and point_in(column) in points]
     return together([old.drop(columns=again), wide])
+
+
+def point_in(column: str) -> tuple[str, int]:
+    """The arm (of a start or floor, its name) and seed in the name of a column of ANSWERS or REAL."""
+    features, _, seed, *_ = column.split("|")
+    return features.split(" at ")[0].removesuffix(transfer.WITHIN), int(seed)
 
 
 def together(wides: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -165,8 +165,12 @@ def test_answers_on_real_tiles_stand_side_by_side_by_arm(points, tmp_path, monke
         Image.fromarray(pixels).save(folder / file)
     pd.DataFrame(rows, columns=["file", "label", "patient_id"]).to_csv(folder / "manifest.csv", index=False)
     monkeypatch.setattr(method_study, "results_dir", lambda: tmp_path)
-    path = method_study.record_real(folder, [0], ["DINO", "DINOv2"])
+    path = method_study.record_real(folder, [0], ["DINO"])
     assert path == tmp_path / "methods_real.csv"
+    first = pd.read_csv(path, dtype=str)
+    method_study.record_real(folder, [0], ["DINOv2"])  # beside what is there
+    pd.testing.assert_frame_equal(pd.read_csv(path, dtype=str)[list(first)], first)
+    method_study.record_real(folder, [0], ["DINO"])  # in place of its forerunner
     said = answers.read(pd.read_csv(path, dtype=str))
     assert set(said) == {"DINO", "DINOv2", "random weights", "colour", "colour + LBP"}
     assert all(len(several) == 1 for several in said.values())
