@@ -194,8 +194,9 @@ class RemoteSource(Source):
     def file(self) -> io.RawIOBase:
         return BlockFile(self)
 
-    def _fetch(self, start: int, stop: int) -> bytes:
-        return stores.get(self._place, start, stop, (self.size, self.tag), self.patience, self.options).data
+    def _fetch(self, start: int, stop: int, let_go: threading.Event | None = None) -> bytes:
+        known = self.size, self.tag
+        return stores.get(self._place, start, stop, known, self.patience, self.options, let_go).data
 
     def __reduce__(self):
         return RemoteSource, (self.path, self.size, self.tag, self.patience, self.options)
@@ -249,13 +250,15 @@ def arriving(requests: Sequence[Request], in_flight: int | None = None) -> Itera
     """
     windows = plan(requests)
     remote = [window for window in windows if isinstance(window.source, RemoteSource)]
-    pool = _pool(in_flight) if remote else None
-    futures = {pool.submit(window.source._fetch, window.start, window.stop): window for window in remote}
+    pool, let_go = _pool(in_flight) if remote else None, threading.Event()
+    futures = {pool.submit(window.source._fetch, window.start, window.stop, let_go): window for window in remote}
     local = [window for window in windows if not isinstance(window.source, RemoteSource)]
-    return _collected(requests, local, futures)
+    return _collected(requests, local, futures, let_go)
 
 
-def _collected(requests, local: list[Window], futures: dict[Future, Window]) -> Iterator[tuple[int, list[bytes]]]:
+def _collected(
+    requests, local: list[Window], futures: dict[Future, Window], let_go: threading.Event
+) -> Iterator[tuple[int, list[bytes]]]:
     parts = [[b""] * len(starts) for _, starts, _ in requests]
     left = [sum(length > 0 for length in lengths) for _, _, lengths in requests]
     yield from ((number, parts[number]) for number, ranges in enumerate(left) if not ranges)
@@ -271,6 +274,7 @@ def _collected(requests, local: list[Window], futures: dict[Future, Window]) -> 
                     yield number, parts[number]
     finally:
         _count(windows, fetched, needed)
+        let_go.set()  # nobody reads on: what has not begun is dropped, what fails is not asked for again
         for future in futures:
             future.cancel()
 

@@ -21,8 +21,8 @@ import os
 import random
 import re
 import threading
+from concurrent.futures import CancelledError
 from functools import lru_cache
-from time import sleep
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -118,16 +118,24 @@ def retries() -> int:
 
 
 def get(
-    place: Place, start: int, stop: int, known: tuple[int, str] | None, patience: Patience, options: dict
+    place: Place,
+    start: int,
+    stop: int,
+    known: tuple[int, str] | None,
+    patience: Patience,
+    options: dict,
+    let_go: threading.Event | None = None,
 ) -> Answer:
     """Bytes start to stop of an object, checked: their number, and that the object is the one known.
 
     known   (size, tag); None where the object is new
+    let_go  set when nobody waits for the answer any more: then it is not asked for again, and CancelledError raised
 
     Whatever may pass (5xx, 429, time-outs, broken connections, short bodies) is asked for again after a while;
     then, and at once for what will not pass, InputError names the address and what to do.
     """
     same_process()
+    let_go = let_go or threading.Event()
     try:
         with _making:  # one thread looks for credentials; the others take what it makes
             store = _store(place.kind, place.base, patience.timeout_s, tuple(sorted(options.items())))
@@ -141,7 +149,8 @@ def get(
             if again >= fault.tries:
                 raise InputError(fault.message) from error
         _note_retry()
-        sleep(patience.wait_s(again))
+        if let_go.wait(patience.wait_s(again)):
+            raise CancelledError
 
 
 _retried, _lock, _making = 0, threading.Lock(), threading.Lock()

@@ -166,7 +166,7 @@ def watched(served, cohort, tmp_path):
 
 def test_192_windows_are_on_their_way_while_batches_of_eight_are_decoded(watched):
     """The server answers none before 192 are there; eight slides in a batch are at least eight windows."""
-    source._threads.cache_clear()  # reads that other tests let go may still be trying in the shared ones
+    source._threads.cache_clear()  # what other tests fetch ahead may still be on its way in the shared ones
     server, stream = watched
     batches = [range(k, k + 8) for k in range(0, 640, 8)]
     for batch in batches[:12]:
@@ -260,7 +260,7 @@ def test_tiles_from_a_bucket_are_those_from_a_disk(cohort, tmp_path, monkeypatch
 def test_a_server_at_fault_a_third_of_the_time_gives_the_same_tiles(watched, monkeypatch):
     """Through the index, the prefetch and the stream; each fault is waited out."""
     server, stream = watched
-    monkeypatch.setattr(stores, "sleep", lambda _: None)
+    monkeypatch.setattr(stores.Patience, "wait_s", lambda *_: 0)
     wanted = [digest(stream.__getitems__(range(k, k + 8))) for k in range(0, 80, 8)]
     rng, before = np.random.default_rng(0), traffic()
     faults = ["503", "429", "500", "reset", "cut", "short", "range", "bare"]

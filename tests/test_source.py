@@ -259,7 +259,7 @@ def test_a_forked_process_says_what_to_do_instead_of_waiting_for_ever(path, remo
 
 
 def test_192_windows_are_in_flight_by_default_and_as_many_as_are_asked_for(server, remote, data, monkeypatch):
-    source._threads.cache_clear()  # reads that other tests let go may still be trying in the shared ones
+    source._threads.cache_clear()  # what other tests fetch ahead may still be on its way in the shared ones
     starts = np.arange(384) * 7_000  # 10 bytes each: none is near enough to another
     server.gate = threading.Barrier(192)  # no request is answered before 192 are there
     assert remote.read(starts, [10] * 384) == cut(data, starts, [10] * 384)
@@ -354,8 +354,8 @@ def test_nothing_wrong_is_returned_among_random_faults(server, remote, data):
 
 
 def test_the_waits_double_up_to_the_longest(server, monkeypatch):
-    waits = []
-    monkeypatch.setattr(stores, "sleep", waits.append)
+    waits, wait_s = [], Patience.wait_s
+    monkeypatch.setattr(Patience, "wait_s", lambda *which: waits.append(wait_s(*which)) or 0)
     opened = open_source(f"{server.address}/a%20slide.svs", patience=Patience(tries=9, first_s=0.1, longest_s=5.0))
     server.faults.extend(["503"] * 9)
     with pytest.raises(InputError, match="9 times in a row"):
@@ -372,6 +372,17 @@ def test_one_bad_range_fails_the_read_and_the_rest_is_called_off(server, remote)
     with pytest.raises(InputError, match="does not exist"):
         read_all([(remote, starts, [10] * 250)], in_flight=2)
     assert len(server.log) < 100
+
+
+def test_what_is_let_go_is_not_asked_for_again_and_frees_its_threads(server, remote):
+    starts = np.arange(8) * 7_000
+    server.faults.extend(["404"] + ["503"] * 500)
+    patient = open_source(remote.path, remote.size, remote.tag, Patience(tries=100, first_s=30.0))
+    with pytest.raises(InputError, match="does not exist"):
+        read_all([(patient, starts, [10] * 8)], in_flight=8)
+    together = threading.Barrier(8)  # of all threads; seven would wait for 15 s and more to ask again
+    list(source._pool(8).map(lambda _: together.wait(10), range(8)))
+    assert len(server.log) <= 9
 
 
 # --- as a file

@@ -132,7 +132,7 @@ def test_a_file_that_changes_on_a_web_server_is_named(web, data, way):
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(stores, "sleep", lambda _: None)
+    monkeypatch.setattr(stores.Patience, "wait_s", lambda *_: 0)
     with pytest.raises(InputError, match=r"http://127.0.0.1:1/a.svs cannot be read: .*refuses.*, 3 times in a row"):
         open_source("http://127.0.0.1:1/a.svs", patience=HASTY)
 
