@@ -16,7 +16,7 @@ import tifffile
 from servers import Faulty
 from slide_files import tissue_pixels, write_slide
 
-from pathfm import InputError, source, stores
+from pathfm import InputError, source
 from pathfm.source import GAP, LONGEST, WASTE, open_all, open_source, plan, read_all, traffic
 from pathfm.storage import BLOCK, BLOCKS, BlockFile
 from pathfm.stores import Patience
