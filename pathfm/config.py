@@ -233,7 +233,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     path.stem: _read(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))
 }
 SMOKE = RECIPES["smoke"]
-DEMO = RECIPES["demo"]
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:

@@ -17,7 +17,7 @@ from pathfm import checkpoint, export, magnification, method_study, panels, scor
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import extract, random_twin
-from pathfm.method_study import ARMS, TEXTURE
+from pathfm.method_study import ARMS, LONGEST, TEXTURE
 from pathfm.probe import linear
 from pathfm.representation import sample, tiles_of
 from pathfm.runs import notebooks_dir, read_results, stamp, write_results
@@ -41,6 +41,7 @@ LEAVES_STEPS = 400  # a third of what the arms have: dead leaves take longer to 
 UNITLESS = ["odcorr", "odcorr_floor", "constants", "mean_r2"]  # what can be said of features in mixed units
 ODCORR = "ODCorr (N {:,}; dashed: independent features)"
 NETWORK = ["network", "seed", "steps"]  # tells apart what is measured
+TRAINED = (*ARMS, *LONGEST)
 
 
 def sets(mpp: float = MPPS[0], n: int = N) -> dict[str, TileSet]:
@@ -54,21 +55,24 @@ def sets(mpp: float = MPPS[0], n: int = N) -> dict[str, TileSet]:
     return found
 
 
-def networks(seeds: Sequence[int]) -> Iterator[tuple[dict, Callable[[], tuple]]]:
+def networks(seeds: Sequence[int], arms: Sequence[str] = ()) -> Iterator[tuple[dict, Callable[[], tuple]]]:
     """(NETWORK and method), and what makes the model and its preprocessing, of everything that is measured.
 
-    For each seed the network that runs start from, and the teacher of every checkpoint of the arms of `method_study`,
-    trained where runs/methods does not hold them; the same network trained by DINO on images that are no tissue, of
-    the first seed; colour and texture.
+    arms  of `method_study`; all when empty
+
+    The teacher of every checkpoint of the arms with each seed, trained where runs/methods does not hold them, and of
+    each seed the network that DINO starts from; the same network trained by DINO on images that are no tissue, of the
+    first seed; colour and texture.
     """
-    for seed in seeds:
-        for arm in ARMS:
-            run = method_study.trained(arm, seed)
-            if arm == "DINO":
-                yield {"network": RANDOM, "seed": seed, "steps": 0}, partial(_start, run.teacher, seed)
-            for path in reversed(checkpoint.found(run.folder)):
-                told = {"network": arm, "seed": seed, "steps": checkpoint.step_of(path), "method": run.config.method}
-                yield told, partial(export.of_checkpoint, path)
+    started = set()
+    for arm, seed in method_study.points_of(arms, seeds):
+        run = method_study.trained(arm, seed)
+        if run.config.method == "dino" and seed not in started:
+            started.add(seed)
+            yield {"network": RANDOM, "seed": seed, "steps": 0}, partial(_start, run.teacher, seed)
+        for path in reversed(checkpoint.found(run.folder)):
+            told = {"network": arm, "seed": seed, "steps": checkpoint.step_of(path), "method": run.config.method}
+            yield told, partial(export.of_checkpoint, path)
     yield {"network": LEAVES, "seed": seeds[0], "steps": LEAVES_STEPS}, partial(_leaves, seeds[0])
     yield {"network": TEXTURE, "seed": 0, "steps": 0}, lambda: ("colour+lbp", None)
 
@@ -113,11 +117,13 @@ def score(model: nn.Module | str, preprocess: Callable | None, tiles: TileSet, f
     return scores.of_centres([answer], fresh)[0].balanced_accuracy
 
 
-def record(seeds: Sequence[int] = (0, 1, 2)) -> pd.DataFrame:
+def record(seeds: Sequence[int] = (0, 1, 2), arms: Sequence[str] = ()) -> pd.DataFrame:
     """Measures what results/domains.csv lacks, and writes it after each network: a killed recording goes on there.
 
+    arms  some of `method_study`; all when empty. What is recorded of others stays as it is
+
     A network is known by NETWORK and the scale of its tiles; take its rows from the file to have it measured anew.
-    Raises InputError without the real tiles.
+    Raises InputError without the real tiles, and for another arm.
     """
     torch.set_num_threads(1)
     folder = test_data(REAL)
@@ -128,7 +134,7 @@ def record(seeds: Sequence[int] = (0, 1, 2)) -> pd.DataFrame:
     table, _ = read_results("domains")
     for mpp in MPPS:
         parts = sets(mpp)
-        for told, make in networks(seeds):
+        for told, make in networks(seeds, arms):
             once = told["network"] in (LEAVES, TEXTURE)  # no run of a method: they only stand beside
             if is_recorded(table, told, mpp) or (once and mpp != MPPS[0]):
                 continue
@@ -157,7 +163,7 @@ def ended(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
 
     Networks come in one order, whatever was recorded first.
     """
-    order = [RANDOM, *ARMS, LEAVES, TEXTURE]
+    order = [RANDOM, *TRAINED, LEAVES, TEXTURE]
     table = table.sort_values("network", key=lambda names: names.map(order.index), kind="stable")
     last = table["steps"] == table.groupby(["network", "seed"])["steps"].transform("max")
     seen = (table["mpp"] == MPPS[0]) | table["mpp"].isna()
@@ -181,13 +187,13 @@ def summary(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
 def points(table: pd.DataFrame) -> pd.DataFrame:
     """Points for `unsupervised.correlations`: every checkpoint of an arm on every part, scored on the test centres.
 
-    Checkpoints of a run are one cluster. Arms of one method are that method: DINOv2 has the runs of two. The start of
-    a run is a point of it, `random`.
+    Checkpoints of a run are one cluster. Arms of one method are that method: DINO has the runs of two, DINOv2 those of
+    three. The start of a run is a point of it, `random`.
 
     table  of results/domains.csv
     """
     rows, start = [], table[table["network"] == RANDOM]
-    for arm in ARMS:
+    for arm in TRAINED:
         one = table[table["network"] == arm]
         begun = start[start["seed"].isin(one["seed"])].assign(method=one["method"].iloc[0] if len(one) else "")
         both = pd.concat([begun.assign(random=True), one.assign(random=False)])
@@ -200,18 +206,20 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
 def figure(table: pd.DataFrame) -> Figure:
     """RankMe and ODCorr of `ended` on every part, at the fewest tiles: a dot a seed, a colour a network.
 
+    The longest runs have filled marks where there are others.
+
     table  of results/domains.csv
     """
     at = ended(table)
     wheres, names = list(at["where"].unique()), list(at["network"].unique())
-    colours = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    colours |= {RANDOM: panels.method_colour(RANDOM), LEAVES: "black", TEXTURE: "0.6"}  # its own is an arm's
-    fig, axes = plt.subplots(1, 2, figsize=(6.9, 3.0), sharey=True)
+    arms = method_study.colours(name for name in names if name in TRAINED)
+    colours = {**arms, RANDOM: panels.method_colour(RANDOM), LEAVES: "black", TEXTURE: "0.6"}  # its own is an arm's
+    fig, axes = plt.subplots(1, 2, figsize=(6.9, 3.4), sharey=True)
     for ax, what, label in zip(axes, ("rankme", "odcorr"), ("RankMe (N {:,})", ODCORR), strict=True):
         for k, name in enumerate(names):
             rows = at[at["network"] == name]
-            y = rows["where"].map(wheres.index) + 0.12 * (k - (len(names) - 1) / 2)
-            ax.plot(rows[what], y, "o", ms=3.5, color=colours.get(name, "0.5"), label=name)
+            y = rows["where"].map(wheres.index) + 0.8 / len(names) * (k - (len(names) - 1) / 2)
+            ax.plot(rows[what], y, label=name, color=colours[name], **{**method_study.marks(name, arms), "ls": ""})
         ax.set(xlabel=label.format(at["n"].iloc[0]), ylim=(len(wheres) - 0.5, -0.5))
         ax.set_yticks(range(len(wheres)), [where.replace(", ", ",\n") for where in wheres])
         for between in np.arange(len(wheres) - 1) + 0.5:

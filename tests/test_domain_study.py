@@ -105,7 +105,7 @@ def small(parts, real, model, monkeypatch, tmp_path):
     monkeypatch.setattr(method_study, "MPPS", (0.5, 1.0))
     monkeypatch.setattr(domain_study, "sets", lambda mpp: parts[0])
 
-    def networks(seeds):
+    def networks(seeds, arms):
         for network in (RANDOM, TEXTURE):
             make = (model, export.Preprocess(32)) if network == RANDOM else ("colour+lbp", None)
             yield (
@@ -184,17 +184,27 @@ def test_the_figure_shows_every_network_on_every_part(style):
 
 
 def test_networks_are_the_checkpoints_of_every_run(monkeypatch, tmp_path):
-    config = SimpleNamespace(method="dino")
     for arm, seed in itertools.product(("DINO", "DINOv2"), (0, 1)):
         for step in (8, 12):
             (tmp_path / f"{arm}-{seed}").mkdir(exist_ok=True)
             (tmp_path / f"{arm}-{seed}" / checkpoint.NAME.format(step)).touch()
-    folder = lambda arm, seed: SimpleNamespace(folder=tmp_path / f"{arm}-{seed}", teacher=tmp_path, config=config)  # noqa: E731
-    monkeypatch.setattr(method_study, "trained", folder)
-    monkeypatch.setattr(domain_study, "ARMS", ("DINO", "DINOv2"))
-    found = [tuple(told[name] for name in domain_study.NETWORK) for told, _ in domain_study.networks([0, 1])]
-    assert found[:5] == [(RANDOM, 0, 0), ("DINO", 0, 8), ("DINO", 0, 12), ("DINOv2", 0, 8), ("DINOv2", 0, 12)]
-    assert len(found) == 2 * 5 + 2 and found[-2:] == [(domain_study.LEAVES, 0, 400), (TEXTURE, 0, 0)]
+
+    def trained(arm, seed):
+        config = SimpleNamespace(method=arm.lower())
+        return SimpleNamespace(folder=tmp_path / f"{arm}-{seed}", teacher=tmp_path, config=config)
+
+    monkeypatch.setattr(method_study, "trained", trained)
+
+    def found(*arms):
+        return [tuple(told[name] for name in domain_study.NETWORK) for told, _ in domain_study.networks([0, 1], arms)]
+
+    both = found("DINO", "DINOv2")
+    assert both[:3] == [(RANDOM, 0, 0), ("DINO", 0, 8), ("DINO", 0, 12)]
+    assert both[3:8] == [(RANDOM, 1, 0), ("DINO", 1, 8), ("DINO", 1, 12), ("DINOv2", 0, 8), ("DINOv2", 0, 12)]
+    assert len(both) == 2 * 5 + 2 and both[-2:] == [(domain_study.LEAVES, 0, 400), (TEXTURE, 0, 0)]
+    assert found("DINOv2")[:2] == both[6:8]
+    with pytest.raises(InputError, match="no arm is called 'DINOv3'"):
+        found("DINOv3")
 
 
 def test_no_real_tiles_are_an_error(monkeypatch, tmp_path):

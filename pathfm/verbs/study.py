@@ -105,10 +105,14 @@ class Methods:
         from pathfm import method_study
 
         shown = ["arm", "seed", "when", "mpp", "new_centres", "centre_identity", "slide_dependence"]
-        arms = [arm.strip() for arm in self.arms.split(";") if arm.strip()]
+        arms = _arms(self.arms)
         if self.real:
             print(method_study.record_real(self.real, self.seeds, arms))
         print(method_study.record(self.seeds, self.workers, arms)[shown].round(3).to_string(index=False))
+
+
+def _arms(said: str) -> list[str]:
+    return [arm.strip() for arm in said.split(";") if arm.strip()]
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,13 @@ class Domains:
     """RankMe and ODCorr of every checkpoint of `methods`, in the domain and outside; writes results/domains.csv"""
 
     seeds: list[int] = field(metadata={"nargs": "+", "type": int, "help": "of pretraining"})
+    arms: str = setting("", "some, as in `methods`; all when empty. Other rows stay as they are")
 
     def __call__(self) -> None:
         from pathfm import domain_study
 
         shown = ["network", "seed", "steps", "mpp", "where", "n", "d", "rankme", "rankme_share", "odcorr", "score"]
-        print(domain_study.record(self.seeds)[shown].round(3).to_string(index=False))
+        print(domain_study.record(self.seeds, _arms(self.arms))[shown].round(3).to_string(index=False))
 
 
 @dataclass(frozen=True)
