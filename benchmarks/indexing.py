@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -55,7 +56,7 @@ class Away(source.RemoteSource):
     def close(self) -> None:
         self._near.close()
 
-    def _fetch(self, start: int, stop: int) -> bytes:
+    def _fetch(self, start: int, stop: int, let_go: threading.Event | None = None) -> bytes:
         time.sleep(LATENCY)
         return self._near._fetch(start, stop)
 

@@ -139,10 +139,20 @@ def joined(head, as_it_is, data, out):
         while at + 4 <= length and data[at] == 0xFF and (data[at + 1] == _JFIF or data[at + 1] == _ADOBE):
             at += 2 + (np.int64(data[at + 2]) << 8 | data[at + 3])
         at = min(at, length)
-        out[: len(head)] = head
+        copy_bytes(head, out)
         out = out[len(head) :]
-    out[: length - at] = data[at:]
+    copy_bytes(data[at:], out)
     return length - at if at == 0 else len(head) + length - at
+
+
+@kernel()
+def copy_bytes(source, to):
+    """Write source to the beginning of `to`, as much of it as there is room: uint8, which do not overlap.
+
+    A tenth of the time of numba's `to[:n] = source`, which provides for overlaps.
+    """
+    for k in range(min(len(source), len(to))):
+        to[k] = source[k]
 
 
 def in_place(how: Recipe) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from pathfm.decode import joined
+from pathfm.decode import copy_bytes, joined
 from pathfm.kernels import kernel
 from pathfm.resample import resample
 from pathfm.turbojpeg import WHOLE, part, pointer
@@ -85,7 +85,7 @@ def _paste(calls, pieces, data, ready, image, stream, tile, canvas):
         covered += (pieces[k].right - pieces[k].left) * (pieces[k].bottom - pieces[k].top)
     if covered < image.width * image.height:
         canvas[:] = WHITE
-    head = carray(pointer(image.head), (image.head_length,))
+    head, flat = carray(pointer(image.head), (image.head_length,)), canvas.reshape(-1)
     for k in range(image.first, image.last):
         piece, done = pieces[k], ready[k]
         x, y, columns, rows = done.x, done.y, done.columns, done.rows
@@ -101,9 +101,8 @@ def _paste(calls, pieces, data, ready, image, stream, tile, canvas):
         width = 3 * (piece.right - piece.left)
         for row in range(piece.top, piece.bottom):
             start = 3 * ((row - y) * columns + piece.left - x)
-            line = canvas[piece.y + row].reshape(-1)
-            at = 3 * (piece.x + piece.left)
-            line[at : at + width] = pixels[start : start + width]
+            at = 3 * ((piece.y + row) * image.width + piece.x + piece.left)
+            copy_bytes(pixels[start : start + width], flat[at : at + width])
     return -1
 
 

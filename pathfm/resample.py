@@ -9,7 +9,9 @@ import numpy as np
 from pathfm.kernels import kernel
 
 REACH = 2  # output pixels to either side, of the filter
+TAPS = 4  # pixels that the filter reaches where it does not shrink
 STRIP = 32  # rows resampled together
+ROUND = np.float32(0.5)  # to the nearest
 
 
 def extent(start: float, step: float, number: int) -> tuple[int, int]:
@@ -33,7 +35,7 @@ def resample(source: np.ndarray, left: float, top: float, step: float, out: np.n
     """
     first_x, weights_x = _weights(left, step, out.shape[1], source.shape[1])
     first_y, weights_y = _weights(top, step, out.shape[0], source.shape[0])
-    if _alike(first_x, weights_x):
+    if _alike(first_x, weights_x) and weights_x.shape[1] == TAPS <= min(source.shape[:2]):
         _shift(source, first_x, weights_x, first_y, weights_y, out)
     else:
         _apply(source, first_x, weights_x, first_y, weights_y, out)
@@ -81,19 +83,20 @@ def _alike(first, weights):
 
 @kernel(fastmath=True)
 def _shift(source, first_x, weights_x, first_y, weights_y, out):
-    """`_apply` where all pixels of a row have the same weights: both passes are sums of whole lines."""
-    (height, width), (rows, columns) = source.shape[:2], out.shape[:2]
-    lines, pixels = source.reshape(height, width * 3), out.reshape(rows, columns * 3)
-    line, sums = np.empty(width * 3, np.float32), np.empty(columns * 3, np.float32)
+    """`_apply` where all pixels of a row have the same TAPS weights: both passes line by line, nothing turned."""
+    rows, width, start = len(out), 3 * out.shape[1], 3 * first_x[0]
+    lines, pixels = source.reshape(len(source), -1)[:, start:], out.reshape(rows, width)
+    line = np.empty(width + 9, np.float32)  # three pixels more than `out` has
+    second, third, fourth = line[3:], line[6:], line[9:]
+    a, b, c, d = weights_x[0, 0], weights_x[0, 1], weights_x[0, 2], weights_x[0, 3]
     for r in range(rows):
-        _down(line, lines, first_y[r], weights_y[r])
-        sums[:] = 0
-        for k in range(weights_x.shape[1]):
-            weight, start = weights_x[0, k], 3 * (first_x[0] + k)
-            if weight != 0:
-                _add(sums, weight, line[start : start + columns * 3])
-        for n in range(columns * 3):
-            pixels[r, n] = np.int32(min(max(sums[n], np.float32(0)), np.float32(255)))
+        e, f, g, h = weights_y[r, 0], weights_y[r, 1], weights_y[r, 2], weights_y[r, 3]
+        p, q, s, t = lines[first_y[r]], lines[first_y[r] + 1], lines[first_y[r] + 2], lines[first_y[r] + 3]
+        for n in range(width + 9):
+            line[n] = ROUND + (e * p[n] + f * q[n]) + (g * s[n] + h * t[n])
+        row = pixels[r]
+        for n in range(width):
+            row[n] = _grey((a * line[n] + b * second[n]) + (c * third[n] + d * fourth[n]))
 
 
 @kernel(fastmath=True)
@@ -102,50 +105,71 @@ def _apply(source, first_x, weights_x, first_y, weights_y, out):
 
     STRIP rows of output at once, turned between the two passes with the three colours of a pixel kept together.
     """
-    (height, width), (rows, columns) = source.shape[:2], out.shape[:2]
-    lines = source.reshape(height, width * 3)
-    line, sums = np.empty(width * 3, np.float32), np.empty(STRIP * 3, np.float32)
-    turned, pixels = np.zeros((width, STRIP * 3), np.float32), np.empty((columns, STRIP * 3), np.uint8)
+    (height, width), (rows, columns), taps = source.shape[:2], out.shape[:2], weights_x.shape[1]
+    lines, strip = source.reshape(height, width * 3), np.zeros((STRIP, width * 3), np.float32)
+    sums, turned = np.empty(STRIP * 3, np.float32), np.empty((width, STRIP * 3), np.float32)
+    pixels, flat = np.empty((columns, STRIP * 3), np.uint8), out.reshape(rows, columns * 3)
     for top in range(0, rows, STRIP):
         number = min(STRIP, rows - top)
         for r in range(number):
-            _down(line, lines, first_y[top + r], weights_y[top + r])
-            for x in range(width):
-                turned[x, 3 * r] = line[3 * x]
-                turned[x, 3 * r + 1] = line[3 * x + 1]
-                turned[x, 3 * r + 2] = line[3 * x + 2]
+            first = first_y[top + r]
+            _weighted(strip[r], weights_y[top + r], lines[first : first + taps])
+        _turn(strip, turned)
         for i in range(columns):
-            sums[:] = 0
-            for k in range(weights_x.shape[1]):
-                weight = weights_x[i, k]
-                if weight != 0:
-                    _add_strip(sums, weight, turned[first_x[i] + k])
+            _across(sums, weights_x[i], turned, first_x[i])
             for n in range(STRIP * 3):
-                pixels[i, n] = np.int32(min(max(sums[n], np.float32(0)), np.float32(255)))
-        for r in range(number):
-            for i in range(columns):
-                out[top + r, i, 0] = pixels[i, 3 * r]
-                out[top + r, i, 1] = pixels[i, 3 * r + 1]
-                out[top + r, i, 2] = pixels[i, 3 * r + 2]
+                pixels[i, n] = _grey(sums[n])
+        _turn(pixels, flat[top : top + number])
+
+
+@kernel()
+def _turn(lines, turned):
+    """turned[x, 3 * r + c] = lines[r, 3 * x + c] for the three colours of each pixel, of as many as both have."""
+    for x in range(len(turned)):
+        row = turned[x]
+        for r in range(min(len(lines), len(row) // 3)):
+            row[3 * r] = lines[r, 3 * x]
+            row[3 * r + 1] = lines[r, 3 * x + 1]
+            row[3 * r + 2] = lines[r, 3 * x + 2]
 
 
 @kernel(fastmath=True)
-def _down(line, lines, first, weights):
-    """Fill `line` with the weighted sum of lines from `first` on."""
-    line[:] = 0.5  # rounds to the nearest
-    for k in range(len(weights)):
+def _weighted(sums, weights, lines):
+    """Fill `sums` with ROUND and the weighted sum of lines: four at a time, so that sums are seldom stored."""
+    sums[:] = ROUND
+    k = 0
+    while k + 4 <= len(lines):
+        a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        p, q, s, t = lines[k], lines[k + 1], lines[k + 2], lines[k + 3]
+        for n in range(len(sums)):
+            sums[n] += (a * np.float32(p[n]) + b * np.float32(q[n])) + (c * np.float32(s[n]) + d * np.float32(t[n]))
+        k += 4
+    while k < len(lines):
         if weights[k] != 0:
-            _add(line, weights[k], lines[first + k])
+            a, p = weights[k], lines[k]
+            for n in range(len(sums)):
+                sums[n] += a * np.float32(p[n])
+        k += 1
 
 
 @kernel(fastmath=True)
-def _add_strip(sums, weight, values):
-    """`_add` for STRIP pixels: in half the time, for its length is known when it is compiled."""
-    for n in range(STRIP * 3):
-        sums[n] += weight * values[n]
+def _across(sums, weights, lines, first):
+    """`_weighted` of STRIP pixels that hold ROUND: in half the time, for their number is known when compiled."""
+    sums[:] = 0
+    k, taps = 0, min(len(weights), len(lines) - first)
+    while k + 4 <= taps:
+        a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        p, q, s, t = lines[first + k], lines[first + k + 1], lines[first + k + 2], lines[first + k + 3]
+        for n in range(STRIP * 3):
+            sums[n] += (a * p[n] + b * q[n]) + (c * s[n] + d * t[n])
+        k += 4
+    while k < taps:
+        a, p = weights[k], lines[first + k]
+        for n in range(STRIP * 3):
+            sums[n] += a * p[n]
+        k += 1
 
 
 @kernel(fastmath=True)
-def _add(sums, weight, values):
-    for n in range(len(sums)):
-        sums[n] += weight * np.float32(values[n])
+def _grey(value):
+    return np.int32(min(max(value, np.float32(0)), np.float32(255)))
