@@ -158,24 +158,26 @@ def is_recorded(table: pd.DataFrame, told: dict, mpp: float) -> bool:
     return bool((table.loc[same, "mpp"] == mpp).any())
 
 
-def ended(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
-    """Rows of the last checkpoint of every network, on tiles of MPPS[0] and real ones, at one N (None: the fewest).
+def ended(table: pd.DataFrame, n: int | None = None, mpp: float = MPPS[0]) -> pd.DataFrame:
+    """Rows of the last checkpoint of every network, on tiles of one scale, at one N (None: the fewest).
+
+    With MPPS[0] come the rows on real tiles.
 
     Networks come in one order, whatever was recorded first.
     """
     order = [RANDOM, *TRAINED, LEAVES, TEXTURE]
     table = table.sort_values("network", key=lambda names: names.map(order.index), kind="stable")
     last = table["steps"] == table.groupby(["network", "seed"])["steps"].transform("max")
-    seen = (table["mpp"] == MPPS[0]) | table["mpp"].isna()
+    seen = (table["mpp"] == mpp) | (table["mpp"].isna() & (mpp == MPPS[0]))
     return table[last & seen & (table["n"] == (n or table["n"].min()))]
 
 
-def summary(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
-    """RankMe, RankMe / D, ODCorr and mean r2 of `ended` at `n` tiles, mean over the seeds: networks by parts.
+def summary(table: pd.DataFrame, n: int | None = None, mpp: float = MPPS[0]) -> pd.DataFrame:
+    """RankMe, RankMe / D, ODCorr and mean r2 of `ended`, mean over the seeds: networks by parts.
 
     table  of results/domains.csv
     """
-    at = ended(table, n)
+    at = ended(table, n, mpp)
     names = {"rankme": "RankMe", "rankme_share": "RankMe / D", "odcorr": "ODCorr", "mean_r2": "mean r²"}
     wide = at.pivot_table(index="network", columns="where", values=list(names), sort=False).rename(columns=names)
     wide = wide.reindex(columns=[(what, where) for what in names.values() for where in at["where"].unique()])

@@ -160,6 +160,8 @@ def test_the_summary_is_of_last_checkpoints_at_one_n_and_says_of_how_many_seeds(
     assert (
         ("RankMe", ORAL) not in many and few.loc[TEXTURE, "seeds"].item() == 1 and few.loc["DINO", "seeds"].item() == 2
     )
+    fine = domain_study.summary(table, 50, 0.5)
+    assert fine.loc["DINO", ("RankMe", "test centres")] == 55 + 9 and ("RankMe", ORAL) not in fine
     assert np.isnan(few.loc[TEXTURE, ("RankMe", ORAL)]) and few.loc[TEXTURE, ("mean r²", ORAL)] == 0.02
 
 
