@@ -27,7 +27,7 @@ A spin probe says how many cores were free: the work that two threads do in a se
 a second of CPU time. Wall times of two threads are to be read beside it, and beside "bare": what two threads gain that
 only decode, paste and resample, all else being done beforehand. Both are of BATCHES batches in a row, as a stream reads
 them: with two threads the next one is begun before one is handed out. Results go to
-results/online_patching.csv.
+results/online_patching.csv; parts that are not asked for stay there as they were recorded.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ with contextlib.suppress(ImportError, RuntimeError, ValueError):
 import argparse
 import functools
 import hashlib
+import io
 import os
 import sys
 import threading
@@ -410,10 +411,18 @@ def tidy(part: str, table: pd.DataFrame, cases: list[str]) -> pd.DataFrame:
     return numbers.melt(["part", "case"], var_name="quantity", value_name="value").dropna()
 
 
-def write(path: Path, found: list[pd.DataFrame], about: dict[str, str]) -> None:
-    """What is found so far, so that a part that fails later takes none of it along."""
+PARTS = ["rates", "mixing", "views", "planning", "indexing"]
+
+
+def write(path: Path, table: pd.DataFrame, about: dict[str, str]) -> None:
+    """A part's rows in place of those that it had, as soon as they are known; other parts stay as recorded."""
+    new = table.assign(**about).to_csv(index=False, float_format="%.5g")
+    rows = pd.read_csv(io.StringIO(new), dtype=str)
+    if path.is_file():
+        old = pd.read_csv(path, dtype=str)
+        rows = pd.concat([old[~old["part"].isin(rows["part"])], rows])
     with atomic(path) as file:
-        pd.concat(found).assign(**about).to_csv(file, index=False, float_format="%.5g")
+        rows.sort_values("part", key=lambda names: names.map(PARTS.index), kind="stable").to_csv(file, index=False)
 
 
 def main() -> None:
@@ -421,12 +430,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=30_000, help="of the synthetic slide, px; at least 8,192")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiles", type=int, default=64, help="in a batch")
-    parser.add_argument("--parts", nargs="+", default=["rates", "mixing", "views", "planning", "indexing"])
+    parser.add_argument("--parts", nargs="+", default=PARTS)
     parser.add_argument("--slides", type=int, default=30_000, help="of the simulated index")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "online_patching.csv")
     options = parser.parse_args()
     cv2.setNumThreads(1)
-    about, found = stamp(), []
+    about = stamp()
     print(f"{about['device']}, commit {about['commit']}, {about['date']}")
     print(f"load {os.getloadavg()[0]:.1f}; {free_cores():.2f} cores free before")
     if "rates" in options.parts:
@@ -436,16 +445,14 @@ def main() -> None:
         print(
             f"\nthe floor\n{floors(table).to_string(index=False)}\n\nthe bars\n{verdicts(table).to_string(index=False)}"
         )
-        found.append(tidy("rates", table, ["positions", "asked", "contender"]))
-        write(options.out, found, about)
+        write(options.out, tidy("rates", table, ["positions", "asked", "contender"]), about)
     parts = {"mixing": mixing, "views": views, "planning": lambda: many_slides.compare(options.slides)}
     parts["indexing"] = lambda: indexing(options.slides, more=[slide_path(options.side)])
     for name, measure in parts.items():
         if name in options.parts:
             table = measure()
             print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
-            found.append(tidy(name, table, [table.columns[0]]))
-            write(options.out, found, about)
+            write(options.out, tidy(name, table, [table.columns[0]]), about)
     print(f"\nload {os.getloadavg()[0]:.1f}; {free_cores():.2f} cores free after")
 
 

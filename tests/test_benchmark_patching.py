@@ -36,9 +36,12 @@ def test_one_thread_and_two_read_the_batches_of_a_stream(cohort, monkeypatch):
     assert floor.parts > 0 and floor.whole > 0 and floor.touched >= 4 and 0 < floor.share < 1
 
 
-def test_what_was_found_is_written_after_each_part(tmp_path):
-    table = online_patching.tidy("rates", pd.DataFrame({"asked": [0.5], "cpu": [1.25]}), ["asked"])
-    for n in (1, 2):
-        online_patching.write(tmp_path / "found.csv", n * [table], {"commit": "abc"})
-        found = pd.read_csv(tmp_path / "found.csv")
-        assert found["value"].tolist() == n * [1.25] and set(found["commit"]) == {"abc"}
+def test_a_part_takes_the_place_of_its_forerunner_and_of_no_other(tmp_path):
+    def written(part, cpu, commit):
+        table = online_patching.tidy(part, pd.DataFrame({"asked": [0.5], "cpu": [cpu]}), ["asked"])
+        online_patching.write(tmp_path / "found.csv", table, {"commit": commit})
+        return pd.read_csv(tmp_path / "found.csv")[["part", "value", "commit"]].values.tolist()
+
+    assert written("views", 1.25, "a") == [["views", 1.25, "a"]]
+    assert written("rates", 3.0, "b") == [["rates", 3.0, "b"], ["views", 1.25, "a"]]
+    assert written("rates", 4.0, "c") == [["rates", 4.0, "c"], ["views", 1.25, "a"]]
