@@ -149,7 +149,7 @@ def joined(head, as_it_is, data, out):
 def copy_bytes(source, to):
     """Write source to the beginning of `to`, as much of it as there is room: uint8, which do not overlap.
 
-    A tenth of the time of numba's `to[:n] = source`, which provides for overlaps.
+    Several times as fast as numba's `to[:n] = source` for lines of some hundred bytes.
     """
     for k in range(min(len(source), len(to))):
         to[k] = source[k]

@@ -17,7 +17,7 @@ from pathfm import checkpoint, export, magnification, method_study, panels, scor
 from pathfm.benchmarks import TileSet
 from pathfm.errors import InputError
 from pathfm.features import extract, random_twin
-from pathfm.method_study import ARMS, LONGEST, TEXTURE
+from pathfm.method_study import EVERY, TEXTURE
 from pathfm.probe import linear
 from pathfm.representation import sample, tiles_of
 from pathfm.runs import notebooks_dir, read_results, stamp, write_results
@@ -41,7 +41,6 @@ LEAVES_STEPS = 400  # a third of what the arms have: dead leaves take longer to 
 UNITLESS = ["odcorr", "odcorr_floor", "constants", "mean_r2"]  # what can be said of features in mixed units
 ODCORR = "ODCorr (N {:,}; dashed: independent features)"
 NETWORK = ["network", "seed", "steps"]  # tells apart what is measured
-TRAINED = (*ARMS, *LONGEST)
 
 
 def sets(mpp: float = MPPS[0], n: int = N) -> dict[str, TileSet]:
@@ -165,7 +164,7 @@ def ended(table: pd.DataFrame, n: int | None = None, mpp: float = MPPS[0]) -> pd
 
     Networks come in one order, whatever was recorded first.
     """
-    order = [RANDOM, *TRAINED, LEAVES, TEXTURE]
+    order = [RANDOM, *EVERY, LEAVES, TEXTURE]
     table = table.sort_values("network", key=lambda names: names.map(order.index), kind="stable")
     last = table["steps"] == table.groupby(["network", "seed"])["steps"].transform("max")
     seen = (table["mpp"] == mpp) | (table["mpp"].isna() & (mpp == MPPS[0]))
@@ -195,7 +194,7 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     table  of results/domains.csv
     """
     rows, start = [], table[table["network"] == RANDOM]
-    for arm in TRAINED:
+    for arm in EVERY:
         one = table[table["network"] == arm]
         begun = start[start["seed"].isin(one["seed"])].assign(method=one["method"].iloc[0] if len(one) else "")
         both = pd.concat([begun.assign(random=True), one.assign(random=False)])
@@ -214,7 +213,7 @@ def figure(table: pd.DataFrame) -> Figure:
     """
     at = ended(table)
     wheres, names = list(at["where"].unique()), list(at["network"].unique())
-    arms = method_study.colours(name for name in names if name in TRAINED)
+    arms = method_study.colours(name for name in names if name in EVERY)
     colours = {**arms, RANDOM: panels.method_colour(RANDOM), LEAVES: "black", TEXTURE: "0.6"}  # its own is an arm's
     fig, axes = plt.subplots(1, 2, figsize=(6.9, 3.4), sharey=True)
     for ax, what, label in zip(axes, ("rankme", "odcorr"), ("RankMe (N {:,})", ODCORR), strict=True):

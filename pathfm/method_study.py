@@ -40,6 +40,7 @@ LONGEST = {
     "DINO, longest": ("demo", 2 * STEPS),
     "DINOv2, longest": ("dinov2-demo", 2 * STEPS),
 }
+EVERY = {**ARMS, **LONGEST}
 # Written before any run on `study`.
 QUESTION = "Does DINOv2 know more of tissue classes than DINO, on centres that neither saw?"
 PRIMARY = (
@@ -56,7 +57,7 @@ KNOWN = ("new_centres", "robustness_index", "centre_identity", "slide_dependence
 
 def trained(arm: str, seed: int) -> Run:
     """The run of one arm in runs/methods, which goes on where it was stopped."""
-    recipe, steps = {**ARMS, **LONGEST}[arm]
+    recipe, steps = EVERY[arm]
     folder = notebooks_dir().parent / "runs" / "methods" / f"{'-'.join(arm.replace(',', '').split())}-{seed}"
     return study.pretrained(study.cohort(COHORT), study.config(recipe, steps=steps, seed=seed), folder=str(folder))
 
@@ -161,11 +162,10 @@ def record(seeds: Sequence[int] = (0, 1, 2), workers: int = 1, arms: Sequence[st
 
 def points_of(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
     """Every arm, or every one there is where `arms` is empty, with every seed. Raises InputError for an unknown arm."""
-    known = (*ARMS, *LONGEST)
-    unknown = [arm for arm in arms if arm not in known]
+    unknown = [arm for arm in arms if arm not in EVERY]
     if unknown:
-        raise InputError(f"no arm is called '{unknown[0]}'; there are: {'; '.join(known)}")
-    return list(itertools.product(arms or known, seeds))
+        raise InputError(f"no arm is called '{unknown[0]}'; there are: {'; '.join(EVERY)}")
+    return list(itertools.product(arms or EVERY, seeds))
 
 
 def record_real(folder: str | Path, seeds: Sequence[int], arms: Sequence[str] = ()) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 from pathfm.kernels import kernel
 
 REACH = 2  # output pixels to either side, of the filter
-TAPS = 4  # pixels that the filter reaches where it does not shrink
+TAPS = 2 * REACH  # source pixels in the filter where it does not shrink
 STRIP = 32  # rows resampled together
 ROUND = np.float32(0.5)  # to the nearest
 

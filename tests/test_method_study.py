@@ -147,7 +147,7 @@ def test_arms_are_added_to_what_is_recorded(points, monkeypatch, tmp_path):
     assert now["DINO at 0.5"][0].table["predicted"].eq("none").all()
     for name in ("start at 0.5", "DINOv2 at 0.5", f"{TEXTURE} at 1"):  # as they were recorded
         assert now[name][0].table["predicted"].equals(said[name][0].table["predicted"])
-    with pytest.raises(InputError, match="no arm is called 'DINOv3'; there are: DINO; DINOv2; DINO, longest; "):
+    with pytest.raises(InputError, match="'DINOv3'; there are: DINO; DINOv2; DINOv2, equal FLOPs; DINO, longest; "):
         method_study.record([0], arms=["DINOv3"])
     other = pd.read_csv(tmp_path / "methods_arms.csv", dtype=str).iloc[::-1]
     other.to_csv(tmp_path / "methods_arms.csv", index=False)
