@@ -35,11 +35,8 @@ ARMS = {
     "DINOv2": ("dinov2-demo", STEPS),
     "DINOv2, equal FLOPs": ("dinov2-demo", 1130),
 }
-# The same question after the longest runs, at as many tiles; added when those of ARMS had been seen.
-LONGEST = {
-    "DINO, longest": ("demo", 2 * STEPS),
-    "DINOv2, longest": ("dinov2-demo", 2 * STEPS),
-}
+# The same questions after the longest runs; added when the answers of ARMS had been seen.
+LONGEST = {f"{arm}, longest": (recipe, 2 * steps) for arm, (recipe, steps) in ARMS.items()}
 EVERY = {**ARMS, **LONGEST}
 # Written before any run on `study`.
 QUESTION = "Does DINOv2 know more of tissue classes than DINO, on centres that neither saw?"
