@@ -183,6 +183,27 @@ def maps_figure(networks: dict[str, nn.Module], images: Tensor, px: int = 0) -> 
     return fig
 
 
+def training_figure(run) -> Figure:
+    """A run's loss and its teacher's entropies beside what a guess costs, and its looks at validation tiles."""
+    log, looks, prototypes = run.log, run.watches, run.config.prototypes
+    guess = np.log(prototypes)
+    fig, axes = plt.subplots(1, 3, figsize=(6.5, 2.2))
+    axes[0].plot(log["step"], log["loss"], label="loss")
+    axes[0].axhline(guess, color="0.5", lw=1, ls="--", label=f"a guess, ln {prototypes}")
+    axes[0].set(xlabel="step", ylabel="nats", title="Loss", ylim=(0, 1.15 * max(guess, log["loss"].max())))
+    axes[1].plot(log["step"], log["teacher_entropy"], label="of one tile")
+    axes[1].plot(log["step"], log["prototype_entropy"], label="of a batch's mean")
+    axes[1].set(xlabel="step", ylabel="nats", title="Teacher's entropy", ylim=(0, 1.15 * guess))
+    for name, label in (("knn", "kNN accuracy"), ("odcorr", "ODCorr")):
+        if name in looks:
+            axes[2].plot(looks["step"], looks[name], marker="o", ms=3, label=label)
+    axes[2].set(xlabel="step", ylabel="0 to 1", title="Validation tiles", ylim=(0, 1))
+    for ax, place in zip(axes, ("lower left", "lower left", "upper left"), strict=True):
+        if ax.lines:
+            ax.legend(loc=place)
+    return fig
+
+
 def compared(runs: dict[str, object]) -> pd.DataFrame:
     """A row a run: tiles seen, parts of the loss at the last step, and the watches at the first and last look."""
     rows = {}

@@ -100,3 +100,11 @@ def test_tables_of_runs_say_what_the_watches_saw(style):
         both.loc["fine", "tiles"] == 32 and np.isnan(both.loc["fine", "ibot"]) and both.loc["fine", "knn, last"] == 0.5
     )
     assert [len(ax.lines) for ax in anatomy.collapse_figure(runs).axes] == [3, 3, 3]
+
+
+def test_training_is_drawn_with_the_looks_that_there_are(style):
+    one = run(0.4, 1.0, 2.0)
+    one.log = one.log.assign(teacher_entropy=[2.0, 1.0], prototype_entropy=[2.0, 1.5])
+    assert [len(ax.lines) for ax in anatomy.training_figure(one).axes] == [2, 2, 1]
+    one.watches = pd.DataFrame()
+    assert [len(ax.lines) for ax in anatomy.training_figure(one).axes] == [2, 2, 0]
