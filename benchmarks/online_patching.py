@@ -75,7 +75,7 @@ from pathfm.storage import atomic, atomic_path, cache_dir  # noqa: E402
 from pathfm.synthetic import embedded  # noqa: E402
 
 PX = 256
-BATCHES = 6
+BATCHES = 12  # so that the first, which nothing is done beside, and the end of the last weigh little
 SLIDE_MPP, LEVELS, QUALITY = 0.25, (1, 4, 16), 75
 MPP = (0.25, 0.5, 1.0, 2.0, 0.3, 0.7, 1.5)
 _POOL = ThreadPoolExecutor(2)
