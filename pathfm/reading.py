@@ -25,7 +25,6 @@ from pathfm.tilemap import PIECE, Wanted, cover
 
 BOX = {"left": np.minimum, "top": np.minimum, "right": np.maximum, "bottom": np.maximum}
 FETCHERS = 4  # threads that take in what arrives from elsewhere, a batch each
-RUNS = 3  # of a batch, for each thread: with more they meet more often, with fewer one waits longer for the last
 
 
 class ReadPlan(NamedTuple):
@@ -396,13 +395,14 @@ def _peers(job: Job, framed: Frame) -> np.ndarray:
 def _begun(function: Callable[[range], Any], numbers: range, threads: int) -> list[Future]:
     """function of each run of numbers, in order; not waited for where there are threads to do it.
 
-    There are RUNS for each thread. A run may wait for others that were begun before it, and for no later ones.
+    There is a run for each thread: with more they meet more often, which costs more than that one waits for another
+    at the end. A run may wait for others that were begun before it, and for no later ones.
     """
     if threads <= 1 or len(numbers) <= 1:
         done = Future()
         done.set_result(function(numbers))
         return [done]
-    pool, size = _pool(os.getpid(), "decode", threads), -(-len(numbers) // (RUNS * threads))
+    pool, size = _pool(os.getpid(), "decode", threads), -(-len(numbers) // threads)
     return [pool.submit(function, numbers[at : at + size]) for at in range(0, len(numbers), size)]
 
 
