@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -204,21 +206,24 @@ class Arrivals:
             pieces = batch.pieces[chosen[-1]]
             requests.append((batch.slides[file].source(), pieces["start"].tolist(), pieces["length"].tolist()))
         self._coming = {file: Future() for file in files}
-        arrivals = arriving(requests)
-        _pool(os.getpid(), "fetch", FETCHERS).submit(self._take, arrivals, files, chosen)
+        let_go = threading.Event()
+        weakref.finalize(self, let_go.set).atexit = False
+        _pool(os.getpid(), "fetch", FETCHERS).submit(
+            _take, weakref.ref(self), arriving(requests, let_go=let_go), files, chosen
+        )
 
-    def _take(self, arrivals: Iterator, files: list[int], chosen: list[np.ndarray]) -> None:
-        """Note what arrives of each file, or why it cannot be had."""
-        try:
-            for number, data in arrivals:
-                self._kept.append(data)
-                self.addresses[chosen[number]] = [np.frombuffer(one, np.uint8).ctypes.data for one in data]
-                self._check(chosen[number])
-                self._coming[files[number]].set_result(None)
-        except Exception as error:
-            for future in self._coming.values():
-                if not future.done():
-                    future.set_exception(error)
+    def take(self, file: int, chosen: np.ndarray, data: list[bytes]) -> None:
+        """Note what has arrived of a file. Raises InputError where it is not what the index has of it."""
+        self._kept.append(data)
+        self.addresses[chosen] = [np.frombuffer(one, np.uint8).ctypes.data for one in data]
+        self._check(chosen)
+        self._coming[file].set_result(None)
+
+    def give_up(self, why: Exception) -> None:
+        """Say of all files that have not arrived why they cannot be had."""
+        for future in self._coming.values():
+            if not future.done():
+                future.set_exception(why)
 
     def _check(self, chosen: np.ndarray) -> None:
         """Hold these pieces, once they are here, against the CRC-32 that the index has of them, if any."""
@@ -236,6 +241,19 @@ class Arrivals:
                     f"{piece['level'] - slide.first_level} is not what it was when it was indexed (CRC-32); fetch the "
                     "file again, or build the index again if it was changed"
                 )
+
+
+def _take(waiting: weakref.ref[Arrivals], coming: Iterator, files: list[int], chosen: list[np.ndarray]) -> None:
+    """Hand what arrives of each file, or why it cannot be had, to whoever is still waiting for it."""
+    try:
+        for number, data in coming:
+            if (arrivals := waiting()) is None:
+                return
+            arrivals.take(files[number], chosen[number], data)
+            del arrivals  # or this thread would keep it while it waits for the next
+    except Exception as error:
+        if (arrivals := waiting()) is not None:
+            arrivals.give_up(error)
 
 
 def fetched(batch: Batch, threads: int = 1) -> Arrivals:

@@ -243,14 +243,18 @@ def read_all(requests: Sequence[Request], in_flight: int | None = None) -> list[
     return found
 
 
-def arriving(requests: Sequence[Request], in_flight: int | None = None) -> Iterator[tuple[int, list[bytes]]]:
+def arriving(
+    requests: Sequence[Request], in_flight: int | None = None, let_go: threading.Event | None = None
+) -> Iterator[tuple[int, list[bytes]]]:
     """`read_all` that yields (number of the request, its bytes) as they arrive; it starts asking when called.
+
+    let_go  set by whoever does not wait for them any more: what fails is not asked for again then
 
     So one batch can be on its way while another is decoded.
     """
     windows = plan(requests)
     remote = [window for window in windows if isinstance(window.source, RemoteSource)]
-    pool, let_go = _pool(in_flight) if remote else None, threading.Event()
+    pool, let_go = _pool(in_flight) if remote else None, let_go or threading.Event()
     futures = {pool.submit(window.source._fetch, window.start, window.stop, let_go): window for window in remote}
     local = [window for window in windows if not isinstance(window.source, RemoteSource)]
     return _collected(requests, local, futures, let_go)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from pathfm import reading
 from pathfm.index import SlideIndex
 from pathfm.synthetic import tiny_cohort
 
@@ -20,6 +23,15 @@ def cohort(tmp_path_factory):
 @pytest.fixture(scope="session")
 def index(cohort, tmp_path_factory):
     return SlideIndex.build(cohort, tmp_path_factory.mktemp("index"), workers=0)
+
+
+@pytest.fixture
+def quiet():
+    """Reads that earlier tests have begun and dropped have ended; else they would be counted as this test's."""
+    gc.collect()
+    together = threading.Barrier(reading.FETCHERS)
+    fetchers = reading._pool(os.getpid(), "fetch", reading.FETCHERS)
+    list(fetchers.map(lambda _: together.wait(60), range(reading.FETCHERS)))
 
 
 @pytest.fixture

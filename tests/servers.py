@@ -152,10 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if server.gate:
                 server.gate.wait(30)
-            self.respond(fault)
         finally:
-            with server.lock:
+            with server.lock:  # before it is answered, for the client may ask again at once
                 server.inside -= 1
+        self.respond(fault)
 
     def respond(self, fault: str | None) -> None:
         data = self.server.objects.get(unquote(urlsplit(self.path).path))

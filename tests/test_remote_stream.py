@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 
 import boto3
 import numpy as np
@@ -21,6 +22,8 @@ from pathfm.reading import Job
 from pathfm.source import IN_FLIGHT, traffic
 from pathfm.storage import BLOCK
 from pathfm.tilemap import tiles_of
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,23 @@ def test_192_windows_are_on_their_way_while_batches_of_eight_are_decoded(watched
     walk.join(60)
     assert not walk.is_alive() and server.gate is None
     assert server.most == IN_FLIGHT
+
+
+def test_what_was_begun_for_a_stream_that_is_gone_is_let_go(watched, monkeypatch):
+    """The server is out of order for good, and a fetching thread would wait for 20 s before it asks again."""
+    server, stream = watched
+    monkeypatch.setattr(stores.Patience, "wait_s", lambda *_: 20.0)
+    walked = pickle.loads(pickle.dumps(stream))
+    for k in range(0, 24, 8):
+        walked.__getitems__(range(k, k + 8))
+    server.faults.extend(["503"] * 10_000)
+    walked.__getitems__(range(24, 32))  # was on its way; those after it meet the faults
+    before, together = traffic().retries, threading.Barrier(reading.FETCHERS)
+    while traffic().retries == before:
+        time.sleep(0.01)
+    del walked
+    fetchers = reading._pool(os.getpid(), "fetch", reading.FETCHERS)
+    list(fetchers.map(lambda _: together.wait(5), range(reading.FETCHERS)))
 
 
 def test_an_error_is_of_the_batch_that_has_the_tile_and_passes_when_it_does(watched):

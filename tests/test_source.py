@@ -21,6 +21,7 @@ from pathfm.source import GAP, LONGEST, WASTE, open_all, open_source, plan, read
 from pathfm.storage import BLOCK, BLOCKS, BlockFile
 from pathfm.stores import Patience
 
+pytestmark = pytest.mark.usefixtures("quiet")
 SIZE = 3_000_000
 HASTY = Patience(tries=8, first_s=0.001)
 SLOW = ("stall", "halt")  # faults that are noticed by waiting
