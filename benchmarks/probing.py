@@ -1,7 +1,9 @@
 """Our probes against eva's own, on the same embeddings: scores, the steps of stopping, seconds.
 
-    PATHFM_EVA_PYTHON=<python with kaiko-eva> python benchmarks/probing.py --steps 600 --sets "two clouds" "nine clouds"
+    PATHFM_EVA_PYTHON=<python of eva> python benchmarks/probing.py --protocols eva-2026 eva-2024 --tiles <folder>
     PATHFM_EVA_PYTHON=<...> python benchmarks/probing.py --steps 250 --runs 20 --sets oral_oscc --tiles <folder>
+
+In full, as the first line asks, eva takes two CPU hours; the second shortens the protocol.
 
 Three data sets, none of them easy: two classes and nine classes of clouds that overlap (drawn here), and real tiles of
 oral mucosa as a small ViT of random weights sees them. eva reads one file an image, as its own configurations do, here
