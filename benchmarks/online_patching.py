@@ -26,8 +26,8 @@ indexing  Directories and whole scans of real headers, and what 30,000 slides ta
 A spin probe says how many cores were free: the work that two threads do in a second of wall time over what one does in
 a second of CPU time. Wall times of two threads are to be read beside it, and beside "bare": what two threads gain that
 only decode, paste and resample, all else being done beforehand. Both are of BATCHES batches in a row, as a stream reads
-them: with two threads the next one is begun before one is handed out. Processes differ: each of eight in turn, with peers
-loaded or without, had a median of its own between 1.75 and 1.96 at 1 um/px on the grid.
+them: with two threads the next one is begun before one is handed out. Processes differ: each of eight in turn, with
+peers loaded or without, had a median of its own between 1.75 and 1.96 at 1 um/px on the grid.
 
 Results go to results/online_patching.csv; parts that are not asked for stay there as they were recorded.
 """
