@@ -26,8 +26,7 @@ indexing  Directories and whole scans of real headers, and what 30,000 slides ta
 A spin probe says how many cores were free: the work that two threads do in a second of wall time over what one does in
 a second of CPU time. Wall times of two threads are to be read beside it, and beside "bare": what two threads gain that
 only decode, paste and resample, all else being done beforehand. Both are of BATCHES batches in a row, as a stream reads
-them: with two threads the next one is begun before one is handed out. Processes differ: each of eight in turn, with
-peers loaded or without, had a median of its own between 1.75 and 1.96 at 1 um/px on the grid.
+them: with two threads the next one is begun before one is handed out.
 
 Results go to results/online_patching.csv; parts that are not asked for stay there as they were recorded.
 """
@@ -70,6 +69,7 @@ from indexing import indexing  # noqa: E402
 from patch_batches import mixing, views  # noqa: E402
 
 from pathfm import Slide, reading, turbojpeg  # noqa: E402
+from pathfm.buffers import LINE, decodable  # noqa: E402
 from pathfm.decode import whole_jpeg  # noqa: E402
 from pathfm.reading import Job  # noqa: E402
 from pathfm.runs import stamp  # noqa: E402
@@ -286,7 +286,7 @@ def partly(stream: bytes, scale: int, box: tuple, buffer: np.ndarray) -> None:
 
 def decoding(streams: list[tuple[bytes, int, tuple]], decoder: Callable) -> float:
     """CPU seconds of (JPEG, scale, box) each by the decoder alone."""
-    buffer = np.empty(PX * PX * 3, np.uint8)
+    buffer = decodable(np.empty(PX * PX * 3 + LINE, np.uint8))
     began = time.process_time()
     for stream, scale, box in streams:
         decoder(stream, scale, box, buffer)

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 
 SPARE_BYTES = 32 * 2**20  # of each kind, kept for the next ones
+LINE = 32  # bytes
 
-_IMAGES: list[np.ndarray] = []
-_ROOMS: list[np.ndarray] = []
+_SPARE: dict[str, list[np.ndarray]] = {"image": [], "read": [], "decoded": []}
 
 
 class _Recycled:
@@ -35,12 +35,21 @@ class _Recycled:
 def image(height: int, width: int) -> np.ndarray:
     """(height, width, 3) uint8 with anything in it."""
     size = height * width * 3
-    return np.asarray(_Recycled(size, _IMAGES))[:size].reshape(height, width, 3)
+    return np.asarray(_Recycled(size, _SPARE["image"]))[:size].reshape(height, width, 3)
 
 
-def room(size: int) -> np.ndarray:
-    """(size,) uint8 with anything in it, for what a batch has read or decoded."""
-    return np.asarray(_Recycled(size + size // 4, _ROOMS))[:size]  # so that another batch of its kind fits
+def room(purpose: str, size: int) -> np.ndarray:
+    """(size,) uint8 with anything in it, for what a batch has "read" or "decoded"."""
+    return np.asarray(_Recycled(size + size // 4, _SPARE[purpose]))[:size]  # so that another batch of its kind fits
+
+
+def decodable(memory: np.ndarray) -> np.ndarray:
+    """uint8 memory without its first bytes (31 at most), for libjpeg-turbo to decode into what is read again soon.
+
+    What it writes to a multiple of 32 bytes it writes past the caches (jdcolext-avx2.asm, vmovntdq), and whoever reads
+    it next waits for the memory. From an odd address on, rows of an even number of bytes never lie there.
+    """
+    return memory[(1 - memory.ctypes.data) % LINE :]
 
 
 class _Scratch(threading.local):

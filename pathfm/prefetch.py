@@ -22,7 +22,7 @@ class Prefetch:
     256..319, ... After three such batches the next one is begun when one is handed out; then two, four, ... until TILES
     or BYTES are reached. Other numbers are begun when they are asked for, and what was begun for none is let go. So
     an even walk through a cohort that lies elsewhere waits for its bytes three times, and from then on they come while
-    it decodes; threads that decode what lies on a disk go on with one batch while another is used.
+    it decodes; where several threads decode what lies on a disk, all but one go on with a batch while another is used.
 
     This changes when bytes are asked for, and never what is returned: no number depends on what was asked before.
     """

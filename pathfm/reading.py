@@ -10,15 +10,16 @@ import os
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pathfm import painting, stores, turbojpeg
-from pathfm.buffers import SCRATCH, image, room
+from pathfm.buffers import LINE, SCRATCH, decodable, image, room
+from pathfm.crew import Share, crew
 from pathfm.decode import Damaged, Recipe, decode, in_place
 from pathfm.errors import InputError
 from pathfm.resample import extent, resample
@@ -91,12 +92,12 @@ class Begun(NamedTuple):
 
     batch: Batch
     arrivals: Arrivals
-    runs: list[Future] | None  # the images of consecutive jobs; None: not begun
+    images: list[Share] | None  # of consecutive jobs; None: not begun
 
     @property
     def bytes(self) -> int:
         """That it holds, at most: compressed, and decoded where that is begun."""
-        decoded = sum(3 * job.width * job.height for job in self.batch.jobs) if self.runs else 0
+        decoded = sum(3 * job.width * job.height for job in self.batch.jobs) if self.images else 0
         return self.batch.bytes + decoded
 
 
@@ -121,16 +122,15 @@ def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
 
 def finish(begun: Begun, threads: int = 1) -> list[np.ndarray]:
     """What `read` returns, of jobs that were begun."""
-    runs = begun.runs or _images(begun.batch, begun.arrivals, threads)
-    wait(runs)  # once: woken by each run in turn this thread would get in the way of theirs
-    return [image for run in runs for image in run.result()]
+    shares = begun.images or _images(begun.batch, begun.arrivals, threads)
+    return [image for images in crew(threads).finish(shares) for image in images]
 
 
-def _images(batch: Batch, arrivals: Arrivals, threads: int) -> list[Future]:
-    """The pixels of runs of consecutive jobs, begun."""
+def _images(batch: Batch, arrivals: Arrivals, threads: int) -> list[Share]:
+    """The pixels of consecutive jobs, begun."""
     rows = image_rows(batch)
     ahead = decoded_ahead(batch, rows, arrivals, threads)
-    return _begun(lambda some: painted(batch, some, rows, arrivals, ahead), range(len(batch.jobs)), threads)
+    return crew(threads).begin(lambda some: painted(batch, some, rows, arrivals, ahead), range(len(batch.jobs)))
 
 
 def planned(jobs: Sequence[Job]) -> Batch:
@@ -195,7 +195,7 @@ class Arrivals:
         landing = Landing(sources, batch.files[chosen], pieces["start"], pieces["length"])
         self.addresses[chosen] = landing.at + landing.buffer.ctypes.data
         self._kept.append(landing.buffer)
-        self._landing = _begun(landing.bring, range(len(landing)), threads)
+        self._landing = crew(threads).begin(landing.bring, range(len(landing)))
         self._check(chosen)
 
     def ask(self, files: list[int]) -> None:
@@ -208,9 +208,7 @@ class Arrivals:
         self._coming = {file: Future() for file in files}
         let_go = threading.Event()
         weakref.finalize(self, let_go.set).atexit = False
-        _pool(os.getpid(), "fetch", FETCHERS).submit(
-            _take, weakref.ref(self), arriving(requests, let_go=let_go), files, chosen
-        )
+        _fetchers(os.getpid()).submit(_take, weakref.ref(self), arriving(requests, let_go=let_go), files, chosen)
 
     def take(self, file: int, chosen: np.ndarray, data: list[bytes]) -> None:
         """Note what has arrived of a file. Raises InputError where it is not what the index has of it."""
@@ -301,7 +299,7 @@ class Ahead(NamedTuple):
 
     ready: np.ndarray  # (P,) painting.READY
     memory: np.ndarray  # uint8, where it lies: whoever follows an address of `ready` holds it too
-    runs: Sequence[Future] = ()  # which decode it
+    shares: Sequence[Share] = ()  # which decode it
 
 
 def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: int) -> Ahead:
@@ -319,7 +317,7 @@ def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: i
     early = (sizes > 1) | (rows["head_length"][boxes["wanted"]] == 0)
     wide, high = boxes["right"] - boxes["left"], boxes["bottom"] - boxes["top"]
     ends = np.cumsum(3 * wide * high * early)
-    memory, ready = room(int(ends[-1]) if len(ends) else 0), np.zeros(len(boxes), painting.READY)
+    memory, ready = room("decoded", int(ends[-1]) if len(ends) else 0), np.zeros(len(boxes), painting.READY)
     ready["pixels"] = np.where(early, memory.ctypes.data + ends - 3 * wide * high, 0)
     ready["columns"], ready["rows"], ready["x"], ready["y"] = wide, high, boxes["left"], boxes["top"]
     chosen = np.flatnonzero(early)
@@ -328,10 +326,10 @@ def decoded_ahead(batch: Batch, rows: np.ndarray, arrivals: Arrivals, threads: i
         few = chosen[some.start : some.stop]
         _decoded(batch, order[starts[few]], boxes[few], rows, arrivals, Ahead(ready[few], memory))
 
-    runs = _begun(decode_some, range(len(chosen)), threads)
+    shares = crew(threads).begin(decode_some, range(len(chosen)))
     each = np.empty(len(order), painting.READY)
     each[order] = np.repeat(ready, sizes)
-    return Ahead(each, memory, runs)
+    return Ahead(each, memory, shares)
 
 
 def _decoded(
@@ -358,8 +356,8 @@ def _decoded(
 def painted(batch: Batch, numbers: range, rows: np.ndarray, arrivals: Arrivals, ahead: Ahead) -> list[np.ndarray]:
     """The pixels of consecutive jobs."""
     arrivals.wait(np.arange(batch.first[numbers.start], batch.first[numbers.stop]))
-    for run in ahead.runs:  # begun before this one, so that threads are at them or through
-        run.result()
+    for share in ahead.shares:
+        share.result()
     mapped = [k for k in numbers if batch.jobs[k].slide.tiles is not None]
     found = {k: image(batch.jobs[k].height, batch.jobs[k].width) for k in mapped}
     images = rows[mapped]
@@ -375,7 +373,7 @@ def _paint(images: np.ndarray, pieces: np.ndarray, addresses: np.ndarray, ready:
     if not len(images):
         return -1
     stream = SCRATCH.of("stream", int(pieces["length"].max(initial=0) + images["head_length"].max()))
-    tile = SCRATCH.of("tile", 3 * int((images["tile_width"] * images["tile_height"]).max()))
+    tile = decodable(SCRATCH.of("tile", 3 * int((images["tile_width"] * images["tile_height"]).max()) + LINE))
     canvas = SCRATCH.of("canvas", 3 * int((images["width"] * images["height"]).max()))
     return painting.paint(turbojpeg.ADDRESSES, pieces, addresses, ready, images, stream, tile, canvas)
 
@@ -410,21 +408,7 @@ def _peers(job: Job, framed: Frame) -> np.ndarray:
     return resample(canvas, left + shift[0], top + shift[1], step, image(job.height, job.width))
 
 
-def _begun(function: Callable[[range], Any], numbers: range, threads: int) -> list[Future]:
-    """function of each run of numbers, in order; not waited for where there are threads to do it.
-
-    There is a run for each thread: with more they meet more often, which costs more than that one waits for another
-    at the end. A run may wait for others that were begun before it, and for no later ones.
-    """
-    if threads <= 1 or len(numbers) <= 1:
-        done = Future()
-        done.set_result(function(numbers))
-        return [done]
-    pool, size = _pool(os.getpid(), "decode", threads), -(-len(numbers) // threads)
-    return [pool.submit(function, numbers[at : at + size]) for at in range(0, len(numbers), size)]
-
-
 @lru_cache(maxsize=8)
-def _pool(pid: int, purpose: str, threads: int) -> ThreadPoolExecutor:
+def _fetchers(pid: int) -> ThreadPoolExecutor:
     """Threads of this process; one that was forked starts its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"pathfm-{purpose}")
+    return ThreadPoolExecutor(FETCHERS, thread_name_prefix="pathfm-fetch")

@@ -365,7 +365,7 @@ class Landing:
         own, self._spans = merged(files, starts, starts + lengths)
         sizes = self._spans[:, 2] - self._spans[:, 1]
         self._at = np.cumsum(sizes) - sizes
-        self.sources, self.buffer = sources, room(int(sizes.sum()))
+        self.sources, self.buffer = sources, room("read", int(sizes.sum()))
         self.at = self._at[own] + starts - self._spans[own, 1]
 
     def __len__(self) -> int:

@@ -70,7 +70,8 @@ class TileStream:
     position_weights  of positions on a slide: {slide_id: map}, `balance.WeightMaps`, or a folder that they saved
     tile_filter       a `filters.HsvFilter`, or "midnight" for that of Midnight: positions whose pixels do not pass are
                       drawn anew, at the same slide and mpp, up to its `redraws` times; then the last one stays
-    threads           that decode, of an even walk the next batch too; they change the speed and no pixel
+    threads           that decode, the caller's among them; the others go on with the next batch of an even walk. They
+                      change the speed and no pixel
     context_px        side of the image where it shows more than the tile: the tile lies in the image's middle, at
                       image[margin_px:-margin_px]; x, y, tissue and admissibility are the tile's. None: tile_px
 
@@ -335,7 +336,7 @@ class TileStream:
     ) -> list[tuple[TileName, np.ndarray]]:
         """Tiles by their numbers; where they can be foreseen they are begun before, if others can do it meanwhile.
 
-        Those of slides that lie elsewhere are fetched then; those on a disk are decoded, where there are threads.
+        Those of slides that lie elsewhere are fetched then; those on a disk are decoded, where there are other threads.
         """
 
         def under_way(some: Sequence[int]) -> tuple[tuple[list[TileName], Begun], int]:

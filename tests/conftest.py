@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 from pathlib import Path
 
 import pytest
+from servers import until_fetchers_are_free
 
-from pathfm import reading
 from pathfm.index import SlideIndex
 from pathfm.synthetic import tiny_cohort
 
@@ -29,9 +28,7 @@ def index(cohort, tmp_path_factory):
 def quiet():
     """Reads that earlier tests have begun and dropped have ended; else they would be counted as this test's."""
     gc.collect()
-    together = threading.Barrier(reading.FETCHERS)
-    fetchers = reading._pool(os.getpid(), "fetch", reading.FETCHERS)
-    list(fetchers.map(lambda _: together.wait(60), range(reading.FETCHERS)))
+    until_fetchers_are_free(60)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_threads_decode_the_next_batch_of_an_even_walk_and_give_the_same_tiles(m
     settings = {"tile_px": 64, "mpp": (0.5, 0.7, 1.0), "seed": 3}
     one, two = (TileStream(mixed, threads=threads, **settings) for threads in (1, 2))
     plain = [one.__getitems__(range(8 * k, 8 * k + 8)) for k in range(6)]
-    assert len(began) == 6 and all(each.runs is None for each in began)
+    assert len(began) == 6 and all(each.images is None for each in began)
     began.clear()
     for k, tiles in enumerate(plain):
         found = two.__getitems__(range(8 * k, 8 * k + 8))
@@ -168,7 +168,18 @@ def test_threads_decode_the_next_batch_of_an_even_walk_and_give_the_same_tiles(m
         assert len(began) == k + 1 + (k >= 2)  # one batch ahead, and no more
     waiting = began[-1]
     assert waiting.bytes == waiting.batch.bytes + 8 * 64 * 64 * 3
-    assert [run.result() for run in waiting.runs]  # it is decoded though nobody has asked
+    assert [run.result() for run in waiting.images]  # it is decoded though nobody has asked
+
+
+def test_tiles_are_decoded_to_where_the_caches_keep_them(mixed, monkeypatch):
+    """libjpeg-turbo writes past the caches to multiples of 32 bytes."""
+    found, paint = [], painting.paint
+    monkeypatch.setattr(painting, "paint", lambda *given: found.append(given[6]) or paint(*given))
+    monkeypatch.setattr(reading, "SCRATCH", type(reading.SCRATCH)())
+    slide = mixed.slide("jpeg")
+    for side in (64, 100, 200):
+        slide.read(8, 8, side, 0.5)
+    assert len(found) == 3 and all(tile.ctypes.data % 32 == 1 and tile.size >= 3 * 240 * 240 for tile in found)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["in parts", "whole"])

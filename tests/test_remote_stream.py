@@ -10,7 +10,7 @@ import time
 import boto3
 import numpy as np
 import pytest
-from servers import Faulty, nginx, s3_server
+from servers import Faulty, nginx, s3_server, until_fetchers_are_free
 from slide_files import cohort_of, tissue_pixels, write_slide
 from test_stream import digest
 from torch.utils.data import DataLoader
@@ -191,12 +191,11 @@ def test_what_was_begun_for_a_stream_that_is_gone_is_let_go(watched, monkeypatch
         walked.__getitems__(range(k, k + 8))
     server.faults.extend(["503"] * 10_000)
     walked.__getitems__(range(24, 32))  # was on its way; those after it meet the faults
-    before, together = traffic().retries, threading.Barrier(reading.FETCHERS)
+    before = traffic().retries
     while traffic().retries == before:
         time.sleep(0.01)
     del walked
-    fetchers = reading._pool(os.getpid(), "fetch", reading.FETCHERS)
-    list(fetchers.map(lambda _: together.wait(5), range(reading.FETCHERS)))
+    until_fetchers_are_free(5)
 
 
 def test_an_error_is_of_the_batch_that_has_the_tile_and_passes_when_it_does(watched):
