@@ -32,6 +32,8 @@ class Share:
             self._outcome.set_result(function(numbers))
         except BaseException as why:
             self._outcome.set_exception(why)
+            if not isinstance(why, Exception):  # Ctrl-C is for this thread, whoever wanted the share
+                raise
         return True
 
     def done(self) -> bool:

@@ -112,7 +112,8 @@ def read(jobs: Sequence[Job], threads: int = 1) -> list[np.ndarray]:
 def begin(jobs: Sequence[Job], threads: int = 1) -> Begun:
     """Ask for the bytes of jobs, and wait for none that lie elsewhere; `finish` gives the pixels.
 
-    Several threads go on to decode, unless they had to wait for bytes from elsewhere.
+    Where there are several threads, all but the caller's go on to decode, unless they had to wait for bytes from
+    elsewhere.
     """
     batch = planned(jobs)
     arrivals = fetched(batch, threads)

@@ -350,7 +350,11 @@ class TileStream:
             names, begun = self._prefetch(numbers, under_way, TILES if self._far else 1)
         else:
             (names, begun), _ = under_way(numbers)
-        return list(zip(names, finish(begun, self.threads), strict=True))
+        try:
+            return list(zip(names, finish(begun, self.threads), strict=True))
+        except KeyboardInterrupt:  # may have been in the midst of what was begun for the next numbers
+            self._prefetch = Prefetch()
+            raise
 
     def _window(self, name: TileName, slide_mpp: float) -> tuple[float, float, int]:
         """x, y (level-0 px) and side (px) of what is read for a tile: itself, or its context."""

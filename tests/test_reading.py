@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,34 @@ def test_threads_decode_the_next_batch_of_an_even_walk_and_give_the_same_tiles(m
     waiting = began[-1]
     assert waiting.bytes == waiting.batch.bytes + 8 * 64 * 64 * 3
     assert [run.result() for run in waiting.images]  # it is decoded though nobody has asked
+
+
+def test_an_interrupted_walk_goes_on_with_the_same_tiles(mixed, monkeypatch):
+    """Ctrl-C may come while the caller is at the share of a batch that nobody has asked for yet."""
+    settings = {"tile_px": 64, "mpp": (0.5, 0.7, 1.0), "seed": 3}
+    one, two = (TileStream(mixed, threads=threads, **settings) for threads in (1, 2))
+    for k in range(3):
+        two.__getitems__(range(8 * k, 8 * k + 8))
+    began, begin, paint, busy = [], reading.begin, reading.painted, threading.Event()
+    monkeypatch.setattr(stream_module, "begin", lambda *given: began.append(begin(*given)) or began[-1])
+
+    def interrupted(batch, *given):
+        if threading.current_thread() is not threading.main_thread():
+            assert busy.wait(60)
+        elif began and batch is began[-1].batch:
+            busy.set()
+            raise KeyboardInterrupt
+        return paint(batch, *given)
+
+    monkeypatch.setattr(reading, "painted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for k in range(3, 9):
+            two.__getitems__(range(8 * k, 8 * k + 8))
+    monkeypatch.undo()
+    for again in (k + 1, k + 2, k):
+        numbers = range(8 * again, 8 * again + 8)
+        found, plain = two.__getitems__(numbers), one.__getitems__(numbers)
+        assert all(np.array_equal(a.image, b.image) and a[1:] == b[1:] for a, b in zip(found, plain, strict=True))
 
 
 def test_tiles_are_decoded_to_where_the_caches_keep_them(mixed, monkeypatch):
