@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 SPARE_BYTES = 32 * 2**20  # of each kind, kept for the next ones
-LINE = 32  # bytes
+LINE = 32  # bytes of an AVX2 register; see `decodable`
 
 _SPARE: dict[str, list[np.ndarray]] = {"image": [], "read": [], "decoded": []}
 

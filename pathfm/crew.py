@@ -1,7 +1,7 @@
 """Threads that share work: some of their own, and the one that waits for it.
 
-A thread that only waited was one more than there are cores when it woke and asked for more; for a tenth of the time one
-core had two threads and the other none.
+A thread that only waits is one more than there are cores when it wakes and asks for what comes next: others then wait
+for a core, at times while one is idle.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def joined(head, as_it_is, data, out):
 def copy_bytes(source, to):
     """Write source to the beginning of `to`, as much of it as there is room: uint8, which do not overlap.
 
-    For lines of some hundred bytes, of which an image takes hundreds; numba's `to[:n] = source` is made for long ones.
+    For lines of some hundred bytes, of which an image takes hundreds: a plain loop, with nothing to set up.
     """
     for k in range(min(len(source), len(to))):
         to[k] = source[k]

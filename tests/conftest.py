@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from servers import until_fetchers_are_free
 
+from pathfm import reading
 from pathfm.index import SlideIndex
 from pathfm.synthetic import tiny_cohort
 
@@ -25,10 +27,19 @@ def index(cohort, tmp_path_factory):
 
 
 @pytest.fixture
-def quiet():
-    """Reads that earlier tests have begun and dropped have ended; else they would be counted as this test's."""
+def quiet() -> Callable[[float], None]:
+    """Reads that earlier tests have begun and dropped have ended; else they would be counted as this test's.
+
+    The function waits so many seconds, at most, until those of this test have ended: BrokenBarrierError.
+    """
+
+    def fetchers_are_free(seconds: float) -> None:
+        together = threading.Barrier(reading.FETCHERS)
+        list(reading._fetchers(os.getpid()).map(lambda _: together.wait(seconds), range(reading.FETCHERS)))
+
     gc.collect()
-    until_fetchers_are_free(60)
+    fetchers_are_free(60)
+    return fetchers_are_free
 
 
 @pytest.fixture

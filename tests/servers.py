@@ -21,8 +21,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from pathfm import reading
-
 HOST = "127.0.0.1"
 
 NGINX = """
@@ -236,9 +234,3 @@ async def relay(port: int, onto: int, latency_s: float) -> None:
 
 if __name__ == "__main__":
     asyncio.run(relay(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
-
-
-def until_fetchers_are_free(seconds: float) -> None:
-    """Wait until no thread that takes in what arrives is at it any more. BrokenBarrierError after so many seconds."""
-    together = threading.Barrier(reading.FETCHERS)
-    list(reading._fetchers(os.getpid()).map(lambda _: together.wait(seconds), range(reading.FETCHERS)))

@@ -10,7 +10,7 @@ import time
 import boto3
 import numpy as np
 import pytest
-from servers import Faulty, nginx, s3_server, until_fetchers_are_free
+from servers import Faulty, nginx, s3_server
 from slide_files import cohort_of, tissue_pixels, write_slide
 from test_stream import digest
 from torch.utils.data import DataLoader
@@ -182,7 +182,7 @@ def test_192_windows_are_on_their_way_while_batches_of_eight_are_decoded(watched
     assert server.most == IN_FLIGHT
 
 
-def test_what_was_begun_for_a_stream_that_is_gone_is_let_go(watched, monkeypatch):
+def test_what_was_begun_for_a_stream_that_is_gone_is_let_go(watched, quiet, monkeypatch):
     """The server is out of order for good, and a fetching thread would wait for 20 s before it asks again."""
     server, stream = watched
     monkeypatch.setattr(stores.Patience, "wait_s", lambda *_: 20.0)
@@ -195,7 +195,7 @@ def test_what_was_begun_for_a_stream_that_is_gone_is_let_go(watched, monkeypatch
     while traffic().retries == before:
         time.sleep(0.01)
     del walked
-    until_fetchers_are_free(5)
+    quiet(5)
 
 
 def test_an_error_is_of_the_batch_that_has_the_tile_and_passes_when_it_does(watched):
