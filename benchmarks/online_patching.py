@@ -17,6 +17,8 @@ rates     One synthetic SVS (JPEG 75, 4:2:0, levels 1-4-16), made once in the ca
           nearest level.
           OpenSlide, tiffslide and cuCIM keep the slide open; "reopened" opens it for each tile, as a loop over more
           slides than it can hold must. "filtered" is pathfm with resample="always".
+addresses CPU time of one thread where compressed tiles are decoded to a multiple of 32 bytes, to 16 beyond one, and to
+          an odd address as `buffers.decodable` has it; in turn, on the same tiles.
 mixing    What a batch of 64 looks like: slides in it, the share of its area that is seen more than once, and after how
           many tiles (seconds at the rate of this run) one first covers more than half of an earlier one at its mpp.
 views     A DataLoader of 2 workers, and DINO's views in this process: where CPU time goes.
@@ -44,6 +46,7 @@ import argparse
 import functools
 import hashlib
 import io
+import itertools
 import os
 import sys
 import threading
@@ -52,6 +55,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -272,6 +276,28 @@ def side_by_side(batches: list[list[Job]]) -> tuple[float, float]:
     return ours, sooner(lambda: seconds(map), lambda: seconds(_POOL.map))
 
 
+def addresses(side: int, repeats: int, n: int) -> pd.DataFrame:
+    """ms of CPU time per tile by where tiles are decoded to, medians."""
+    found = []
+    with Slide.open(slide_path(side)) as slide:
+        for asked, seed in itertools.product((0.25, 1.0, 0.7), range(-1, repeats)):  # the first compiles
+            corners = corners_of(slide, asked, "grid", n, np.random.default_rng(seed + 1))
+            row, several = {"asked": asked}, jobs(slide, corners, asked)
+            for beyond in (0, 16, 1):
+                to = functools.partial(beginning, beyond=beyond)
+                with mock.patch.object(reading, "decodable", to):
+                    began = time.process_time()
+                    reading.read(several)
+                    row[f"{beyond} beyond"] = (time.process_time() - began) / n * 1e3
+            found += [row] if seed >= 0 else []
+    return pd.DataFrame(found).groupby("asked", sort=False).median().reset_index()
+
+
+def beginning(memory: np.ndarray, beyond: int) -> np.ndarray:
+    """`memory` from so many bytes beyond a multiple of LINE on."""
+    return memory[(beyond - memory.ctypes.data) % LINE :]
+
+
 def union(a: tuple, b: tuple) -> tuple[int, int, int, int]:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
@@ -413,7 +439,7 @@ def tidy(part: str, table: pd.DataFrame, cases: list[str]) -> pd.DataFrame:
     return numbers.melt(["part", "case"], var_name="quantity", value_name="value").dropna()
 
 
-PARTS = ["rates", "mixing", "views", "planning", "indexing"]
+PARTS = ["rates", "addresses", "mixing", "views", "planning", "indexing"]
 
 
 def write(path: Path, table: pd.DataFrame, about: dict[str, str]) -> None:
@@ -449,6 +475,7 @@ def main() -> None:
         )
         write(options.out, tidy("rates", table, ["positions", "asked", "contender"]), about)
     parts = {"mixing": mixing, "views": views, "planning": lambda: many_slides.compare(options.slides)}
+    parts["addresses"] = lambda: addresses(options.side, options.repeats, options.tiles)
     parts["indexing"] = lambda: indexing(options.slides, more=[slide_path(options.side)])
     for name, measure in parts.items():
         if name in options.parts:

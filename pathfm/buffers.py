@@ -47,7 +47,8 @@ def decodable(memory: np.ndarray) -> np.ndarray:
     """uint8 memory without its first bytes (31 at most), for libjpeg-turbo to decode into what is read again soon.
 
     What it writes to a multiple of 32 bytes it writes past the caches (jdcolext-avx2.asm, vmovntdq), and whoever reads
-    it next waits for the memory. From an odd address on, rows of an even number of bytes never lie there.
+    it next waits for the memory (benchmarks/online_patching.py, addresses). From an odd address on, rows of an even
+    number of bytes never lie there.
     """
     return memory[(1 - memory.ctypes.data) % LINE :]
 
